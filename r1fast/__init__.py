@@ -1,0 +1,20 @@
+"""r1fast: the whole DeepSeek-R1 recipe in one process. The public names load on first use, so that `--help` needs no torch."""
+
+from importlib import import_module
+
+_WHERE = {
+    "load": "r1fast.model.weights",
+    "save": "r1fast.model.weights",
+    "Sampler": "r1fast.rollout.sampler",
+    "SamplingParams": "r1fast.rollout.sampler",
+    "rewards": "r1fast.rewards",
+}
+
+__all__ = ["Sampler", "SamplingParams", "load", "rewards", "save"]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'r1fast' has no attribute {name!r}")
+    module = import_module(_WHERE[name])
+    return module if name == "rewards" else getattr(module, name)
