@@ -1,0 +1,71 @@
+"""Loads the compiled modules `_cpu` and `_cuda` on first use and says why one is missing.
+
+torch is imported first on purpose: it brings its libgomp, the extension asks for the same SONAME, and so both share one
+thread pool. Native functions take raw pointers (`tensor.data_ptr()`), sizes and, on CUDA, a stream: no torch headers.
+"""
+
+from functools import cache
+from importlib import import_module
+
+import torch
+
+
+@cache
+def _load(name: str):
+    try:
+        return import_module(f"r1fast_kernels.{name}")
+    except ImportError as error:
+        return error
+
+
+def cpu():
+    """The compiled CPU module. Raises ImportError when it was not built."""
+    return _module("_cpu")
+
+
+def cuda():
+    """The compiled CUDA module. Raises ImportError when it was not built."""
+    return _module("_cuda")
+
+
+def _module(name: str):
+    found = _load(name)
+    if isinstance(found, ImportError):
+        raise found
+    return found
+
+
+def cpu_unavailable() -> str | None:
+    """Why the CPU extension cannot be used, or None."""
+    found = _load("_cpu")
+    if isinstance(found, ImportError):
+        return f"the CPU extension is not built ({found}); run pip install -e ."
+    return found.unavailable()
+
+
+def cuda_unavailable() -> str | None:
+    """Why the CUDA extension cannot be used, or None."""
+    if isinstance(_load("_cuda"), ImportError):
+        return "the CUDA extension was not built (nvcc was not found when r1fast was installed)"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the CUDA kernels need compute capability 8.0 or newer"
+    return None
+
+
+def on_cpu(*args) -> str | None:
+    """`supports` of a CPU backend: every tensor lives on the CPU."""
+    return _on("cpu", args)
+
+
+def on_cuda(*args) -> str | None:
+    """`supports` of a CUDA backend: every tensor lives on the GPU."""
+    return _on("cuda", args)
+
+
+def _on(device: str, args: tuple) -> str | None:
+    for value in args:
+        if isinstance(value, torch.Tensor) and value.device.type != device:
+            return f"a tensor lives on {value.device}, not on {device}"
+    return None
