@@ -1,0 +1,217 @@
+"""One decoder for Llama, Qwen2/2.5 and Qwen3, with the two forwards that reinforcement learning needs.
+
+`forward_packed` trains and scores whole sequences laid end to end; `forward_paged` generates through a paged cache.
+Both run the same layers and differ in the attention call alone, so the sampler and the learner share one set of
+weights and one set of formulas: there is nothing to synchronise.
+
+For the tiny models the operators' dispatch is the run time, so the layers are plain methods over fused parameters
+(q, k and v are one product, gate and up another; each residual is added inside the norm that follows it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from r1fast_kernels import paged_append, paged_attention, rms_norm, rope, swiglu, varlen_attention
+from torch import Tensor, nn
+
+from r1fast.model.decoder_config import DecoderConfig
+from r1fast.model.paged import PagedKV, PagedStep
+from r1fast.model.rope_scaling import rope_frequencies
+
+__all__ = ["Decoder", "DecoderConfig", "PagedKV", "PagedStep"]
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> [T,Hq,D]
+
+
+class Layer(nn.Module):
+    """One block: attention and the gated MLP. Its norms are applied by the decoder, each fused with a residual."""
+
+    def __init__(self, config: DecoderConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        self.split = (config.heads, config.kv_heads, config.kv_heads)
+        self.head_dim = dim
+        self.eps = config.norm_eps
+        heads = sum(self.split)
+
+        def parameter(*shape: int, when: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if when else None
+
+        self.input_norm = parameter(hidden)
+        self.qkv_proj = parameter(heads * dim, hidden)  # rows of q, then of k, then of v
+        self.qkv_bias = parameter(heads * dim, when=config.qkv_bias)
+        self.q_norm = parameter(dim, when=config.qk_norm)
+        self.k_norm = parameter(dim, when=config.qk_norm)
+        self.o_proj = parameter(hidden, config.heads * dim)
+        self.o_bias = parameter(hidden, when=config.output_bias)
+        self.post_norm = parameter(hidden)
+        self.gate_up_proj = parameter(2 * inner, hidden)  # rows of gate, then of up
+        self.gate_up_bias = parameter(2 * inner, when=config.mlp_bias)
+        self.down_proj = parameter(hidden, inner)
+        self.down_bias = parameter(hidden, when=config.mlp_bias)
+
+    def attention(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        rows = x.shape[0]
+        qkv = F.linear(x, self.qkv_proj, self.qkv_bias).view(rows, -1, self.head_dim)
+        q, k, v = qkv.split(self.split, dim=1)
+        if self.q_norm is not None:
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        q, k = rope(q, k, cos, sin, positions)
+        return F.linear(attend(index, q, k, v).reshape(rows, -1), self.o_proj, self.o_bias)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return F.linear(swiglu(F.linear(x, self.gate_up_proj, self.gate_up_bias)), self.down_proj, self.down_bias)
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer. `weights_version` is for whoever samples: the learner bumps it at every update."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        head: bool = True,
+    ) -> None:
+        """All weights zero until loaded or initialised. `head=False` leaves the output head out (reward models)."""
+        super().__init__()
+        self.config = config
+        self.weights_version = 0
+        table = (config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.zeros(table, device=device, dtype=dtype))
+        self.layers = nn.ModuleList(Layer(config, device, dtype) for _ in range(config.layers))
+        self.norm = nn.Parameter(torch.zeros(config.hidden_size, device=device, dtype=dtype))
+        own_head = head and not config.tie_embeddings
+        self.head = nn.Parameter(torch.zeros(table, device=device, dtype=dtype)) if own_head else None
+        self.register_buffer("rope_cos", None, persistent=False)
+        self.register_buffer("rope_sin", None, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]: the head's own, or the embedding table where they are tied."""
+        if self.head is not None:
+            return self.head
+        if self.config.tie_embeddings:
+            return self.embedding
+        raise RuntimeError("this decoder was built without an output head (a reward model's trunk)")
+
+    def bump_version(self) -> int:
+        """To be called after the weights changed in place; returns the new version."""
+        self.weights_version += 1
+        return self.weights_version
+
+    def forward_packed(
+        self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """Hidden states [T, H] after the final norm, in the model's dtype; differentiable.
+
+        tokens int64 [T]: B sequences end to end, sequence b being rows cu_seqlens[b] to cu_seqlens[b+1] (int32 [B+1]);
+        none sees another. `positions` (int64 [T], from 0 in each) and `max_seqlen` are computed where not given; on a
+        GPU the latter costs a synchronisation, so pass it.
+        """
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        if positions is None:
+            positions = packed_positions(cu_seqlens, tokens.shape[0])
+        cos, sin = self.rope_tables(max_seqlen)
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+
+        return self._run(tokens, positions, cos, sin, attend)
+
+    forward = forward_packed  # so that a wrapper which calls the module (DDP, compile) gets the trained path
+
+    @torch.inference_mode()
+    def forward_paged(self, step: PagedStep, kv: PagedKV) -> Tensor:
+        """Hidden states [T, H] of the step's tokens; their keys and values are written into `kv` first. No gradient."""
+        tables = step.block_tables
+        # the tables bound every position, without asking the device for the largest one
+        cos, sin = self.rope_tables(tables.shape[1] * kv.block_size)
+        keys, values = kv.keys.unbind(0), kv.values.unbind(0)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            paged_append(k, v, keys[layer], values[layer], step.slots)
+            return paged_attention(q, keys[layer], values[layer], tables, step.context_lens, step.cu_seqlens_q)
+
+        return self._run(step.tokens, step.positions, cos, sin, attend)
+
+    def _run(self, tokens: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        eps, layers = self.config.norm_eps, list(self.layers)
+        next_norms = [layer.input_norm for layer in layers[1:]] + [self.norm]
+        residual = F.embedding(tokens, self.embedding)
+        x = rms_norm(residual, layers[0].input_norm, eps)
+        for index, layer in enumerate(layers):
+            x = layer.attention(index, x, cos, sin, positions, attend)
+            x, residual = rms_norm(x, layer.post_norm, eps, residual=residual)
+            x, residual = rms_norm(layer.mlp(x), next_norms[index], eps, residual=residual)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> float32 [..., V]. For sampling and tests; training never stores them (`linear_grpo_loss`)."""
+        return F.linear(hidden, self.head_weight).float()
+
+    def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [P, head_dim / 2] with P >= positions; grown by doubling, never beyond need by more."""
+        if self.rope_cos is None or self.rope_cos.shape[0] < positions:
+            # never as inference tensors: the sampler may be the first to ask, and training saves them for backward
+            with torch.inference_mode(False), torch.no_grad():
+                config = self.config
+                rate, scale = rope_frequencies(
+                    config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
+                )
+                rows = 1 << (positions - 1).bit_length()
+                angle = torch.arange(rows, dtype=torch.float32)[:, None] * rate
+                self.rope_cos = (angle.cos() * scale).to(self.device)
+                self.rope_sin = (angle.sin() * scale).to(self.device)
+        return self.rope_cos, self.rope_sin
+
+    def _apply(self, fn, recurse=True):  # .to(dtype) must not round the tables: they are made anew when asked for
+        self.rope_cos = self.rope_sin = None
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def initialize(self, seed: int, embedding_std: float = 0.5) -> Decoder:
+        """Random weights for training from scratch, the same on every device and in every dtype.
+
+        Normal with std 1/sqrt(fan_in), half of that for the two products that write to the residual stream; embedding
+        `embedding_std` (0.5 let tiny models learn to copy soonest); norms one, biases zero, and a zero head, so that
+        training starts from the uniform distribution. A tied head cannot be zero: its table is drawn with
+        std 1/sqrt(hidden), which gives logits of unit variance.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(parameter: Tensor, std: float) -> None:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+        tied = self.config.tie_embeddings
+        draw(self.embedding, self.config.hidden_size**-0.5 if tied else embedding_std)
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith("_norm"):
+                parameter.fill_(1.0)
+            elif name.endswith("_bias"):
+                parameter.zero_()
+            else:
+                half = 0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+                draw(parameter, half * parameter.shape[1] ** -0.5)
+        self.norm.fill_(1.0)
+        if self.head is not None:
+            self.head.zero_()
+        return self
+
+
+def packed_positions(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: the position of each row in its sequence, from int32 cu_seqlens [B+1]."""
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=rows)
+    return torch.arange(rows, device=cu_seqlens.device) - starts
