@@ -1,0 +1,66 @@
+"""What a stage is given and what it hands back. It depends on nothing that runs, so stages and the recipe can both
+import it, and a test can build one by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from r1fast.metrics import RunLog
+    from r1fast.rewards.pool import RewardPool
+    from r1fast.schema import RecipeConfig, Stage
+    from r1fast.tasks import Task
+
+
+class Progress(Protocol):
+    """What a stage tells the person who waits. All calls are cheap: drawing happens elsewhere, a few times a second."""
+
+    def stage(self, name: str, kind: str, steps: int) -> None:
+        """A stage of `steps` steps begins."""
+
+    def update(self, step: int, **numbers: float) -> None:
+        """`step` steps are done; the first number is the stage's main one, whose curve is drawn."""
+
+    def note(self, text: str) -> None:
+        """What is going on where no steps are counted: loading, evaluating, saving."""
+
+    def finish(self, summary: str) -> None:
+        """The stage is done; one line of what it reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """Everything a stage may know of the run it is part of."""
+
+    name: str  # as the recipe calls the stage
+    stage: Stage  # its block of the recipe
+    recipe: RecipeConfig
+    directory: Path  # RUN_DIR/stages/<name>: the stage writes `checkpoint/` or `rows.jsonl` there
+    seed: int  # of this stage: a hash of the recipe's seed and the stage's name
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32" or "bfloat16"
+    tasks: Mapping[str, Task]
+    log: RunLog
+    progress: Progress
+    artifacts: Mapping[str, Path]  # directories of the stages done so far, by name
+    pool: RewardPool | None = None  # worker processes for rewards that are not cheap
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutcome:
+    """What a stage reached; the recipe writes it to stage.json, with the seconds it measured itself."""
+
+    stats: Mapping[str, Any] = field(default_factory=dict)  # numbers of this kind of stage
+    evaluation: Mapping[str, Any] | None = None  # see r1fast.stages.evaluate; None where the stage was not evaluated
+    note: str = ""  # half a line for the stage table
