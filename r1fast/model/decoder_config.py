@@ -143,12 +143,18 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 def _refuse(hf: Mapping[str, Any]) -> None:
     """What would load and then compute something else than the checkpoint means."""
     if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; r1fast computes SwiGLU ('silu')")
+        raise UserError(
+            f"config.json: hidden_act {hf['hidden_act']!r} is not supported; r1fast computes SwiGLU ('silu')"
+        )
     if hf.get("quantization_config"):
         raise UserError("config.json: quantised checkpoints are not supported; use the bfloat16 or float32 one")
     kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
     if kinds:
-        raise UserError(f"config.json: layers of type {', '.join(sorted(kinds))} are not supported; only full attention")
+        raise UserError(
+            f"config.json: layers of type {', '.join(sorted(kinds))} are not supported; only full attention"
+        )
     first = hf.get("max_window_layers", 28)  # transformers' default of both Qwens
     if hf.get("use_sliding_window") and hf.get("sliding_window", 4096) and first < hf["num_hidden_layers"]:
-        raise UserError("config.json: use_sliding_window is on; r1fast computes full attention only, so set it to false")
+        raise UserError(
+            "config.json: use_sliding_window is on; r1fast computes full attention only, so set it to false"
+        )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PagedStep:
-    """T new tokens of S sequences: one each (decode, T == S), or the next stretch of each prompt (prefill, chunked or not)."""
+    """T new tokens of S sequences: one each (decode, T == S), or the next stretch of each (prefill, chunked)."""
 
     tokens: Tensor  # int64 [T], sequence after sequence
     positions: Tensor  # int64 [T], of each token in its sequence, from 0

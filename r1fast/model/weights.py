@@ -270,7 +270,9 @@ def _write_tensors(folder: Path, views: dict[str, Tensor]) -> None:
     for index, shard in enumerate(shards):
         file = _SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
         # clone: safetensors refuses tensors that share memory, and the views of a fused parameter do
-        tensors = {name: view.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, view in shard.items()}
+        tensors = {
+            name: view.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, view in shard.items()
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, file)
     if count > 1:
