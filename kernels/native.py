@@ -39,14 +39,14 @@ def cpu_unavailable() -> str | None:
     """Why the CPU extension cannot be used, or None."""
     found = _load("_cpu")
     if isinstance(found, ImportError):
-        return f"the CPU extension is not built ({found}); run pip install -e ."
-    return found.unavailable()
+        return f"the CPU extension cannot be imported ({found}); pip install -e . builds it"
+    return None
 
 
 def cuda_unavailable() -> str | None:
     """Why the CUDA extension cannot be used, or None."""
     if isinstance(_load("_cuda"), ImportError):
-        return "the CUDA extension was not built (nvcc was not found when r1fast was installed)"
+        return "the CUDA extension was not built: no nvcc when r1fast was installed, or it failed (pip -v shows which)"
     if not torch.cuda.is_available():
         return "no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
