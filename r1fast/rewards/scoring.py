@@ -1,0 +1,163 @@
+"""From sampled groups to rewards: each kind is judged, weighted and summed, and failures are kept apart from zeros.
+
+"accuracy" means the task's own verifier; every other kind is a reward's name, or is handed in ready-made (a
+preference model lives with the stage that has a model to ask).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from r1fast.config import UserError
+from r1fast.rewards import base
+from r1fast.rewards.base import Score
+from r1fast.rewards.layout import thinking
+from r1fast.types import Prompt, Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    from r1fast.rewards.pool import WorkerPool
+
+Given = Mapping[str, Sequence[Sequence[float]]]  # kind -> [group][rollout] -> value
+
+
+def score(
+    groups: Sequence[RolloutGroup],
+    weights: Mapping[str, float],
+    verifier: str | None,
+    pool: WorkerPool | None = None,
+    given: Given | None = None,
+) -> list[RolloutGroup]:
+    """`groups` with `rewards` (by kind), `reward` (their weighted sum) and `errors` filled in every rollout.
+
+    weights: kind -> weight. verifier: the reward that "accuracy" means for these groups. pool: who runs the rewards
+    that may hang; without one, the process's shared pool. given: kinds whose values are known already.
+
+    Where a verifier fails, the kind goes to `errors` and not to `rewards`, and the rollout's reward is the mean of
+    those of its group that were scored: its advantage is then zero, so that a failure trains nothing (and the
+    group's mean is unmoved). A group in which every rollout failed has equal rewards and is dead as a whole.
+    """
+    given = given or {}
+    scores = {
+        kind: [[Score(value) for value in values] for values in given[kind]]
+        if kind in given
+        else _judge(groups, kind, verifier, pool)
+        for kind in weights
+    }
+    return [_filled(group, weights, {kind: scores[kind][i] for kind in weights}) for i, group in enumerate(groups)]
+
+
+class Scorer:
+    """`score` for mixed batches: what each task's prompts are judged by, chosen once.
+
+    weights: task -> kind -> weight. verifiers: task -> reward name, or None where nothing is right or wrong.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Mapping[str, float]],
+        verifiers: Mapping[str, str | None],
+        pool: WorkerPool | None = None,
+    ) -> None:
+        self.weights = weights
+        self.verifiers = verifiers
+        self.pool = pool
+        for task, kinds in weights.items():
+            if "accuracy" in kinds:
+                _verifier(task, verifiers.get(task))
+
+    def score(self, groups: Sequence[RolloutGroup], given: Given | None = None) -> list[RolloutGroup]:
+        """All groups scored, in their order. `given` has a row for every group; a task that lacks the kind skips it."""
+        scored: list[RolloutGroup | None] = [None] * len(groups)
+        for task in dict.fromkeys(group.prompt.task for group in groups):
+            chosen = [i for i, group in enumerate(groups) if group.prompt.task == task]
+            known = {kind: [values[i] for i in chosen] for kind, values in (given or {}).items()}
+            part = score([groups[i] for i in chosen], self.weights[task], self.verifiers.get(task), self.pool, known)
+            for i, group in zip(chosen, part, strict=True):
+                scored[i] = group
+        return scored  # type: ignore[return-value]
+
+
+def count_errors(groups: Iterable[RolloutGroup]) -> dict[str, int]:
+    """kind -> rollouts whose verifier failed."""
+    return dict(Counter(kind for group in groups for rollout in group.rollouts for kind in rollout.errors))
+
+
+def readable(completion: str, language: str, least_share: float = 1.0, max_paragraph: int = 2000) -> str | None:
+    """Why a chain of thought is not fit to be learned from, or None where it is (DeepSeek-R1, section 2.3.3).
+
+    Dropped: mixed language (less than `least_share` of its words in `language`), a paragraph of more than
+    `max_paragraph` characters, a code block.
+    """
+    thought = thinking(completion)
+    if "```" in thought:
+        return "code block in the reasoning"
+    longest = max((len(paragraph) for paragraph in thought.split("\n\n")), default=0)
+    if longest > max_paragraph:
+        return f"paragraph of {longest} characters"
+    share = base.get("language").judge(completion, language)
+    if share < least_share:
+        return f"mixed language: {share:.0%} {language}"
+    return None
+
+
+# -- inside ---------------------------------------------------------------------------------------------------
+
+
+def _verifier(task: str, name: str | None) -> str:
+    if name is None:
+        raise UserError(f"task {task!r} has no right answers: leave 'accuracy' out of its rewards")
+    return base.get(name).name
+
+
+def _reference(kind: str, prompt: Prompt) -> Any:
+    if kind != "language":
+        return prompt.answer
+    if "language" not in prompt.meta:
+        raise UserError(f"task {prompt.task!r} does not say its language: leave 'language' out of its rewards")
+    return {"language": prompt.meta["language"]}
+
+
+def _judge(
+    groups: Sequence[RolloutGroup], kind: str, verifier: str | None, pool: WorkerPool | None
+) -> list[list[Score]]:
+    """One kind for every rollout of every group."""
+    if not groups:
+        return []
+    reward = base.get(_verifier(groups[0].prompt.task, verifier) if kind == "accuracy" else kind)
+    if reward.cheap:
+        return [
+            [reward.attempt(rollout.text, reference) for rollout in group.rollouts]
+            for group in groups
+            for reference in [_reference(kind, group.prompt)]
+        ]
+    if pool is None:
+        from r1fast.rewards.pool import shared
+
+        pool = shared()
+    flat = iter(
+        pool.run(
+            [
+                (reward.name, rollout.text, _reference(kind, group.prompt))
+                for group in groups
+                for rollout in group.rollouts
+            ]
+        )
+    )
+    return [[next(flat) for _ in group.rollouts] for group in groups]
+
+
+def _filled(group: RolloutGroup, weights: Mapping[str, float], scores: Mapping[str, Sequence[Score]]) -> RolloutGroup:
+    rollouts: list[Rollout] = []
+    for i, rollout in enumerate(group.rollouts):
+        errors = {kind: s[i].error for kind, s in scores.items() if s[i].error is not None}
+        rewards = {kind: s[i].value for kind, s in scores.items() if kind not in errors}
+        total = sum(weights[kind] * value for kind, value in rewards.items())
+        rollouts.append(replace(rollout, rewards=rewards, reward=total, errors=errors))
+    clean = [rollout.reward for rollout in rollouts if not rollout.errors]
+    if len(clean) < len(rollouts):
+        mean = sum(clean) / len(clean) if clean else 0.0
+        rollouts = [replace(rollout, reward=mean) if rollout.errors else rollout for rollout in rollouts]
+    return replace(group, rollouts=rollouts)
