@@ -50,9 +50,9 @@ class Words(NamedTuple):
 EN_WORDS = Words(
     templates=(
         Template("greeting", "hello i am {name}", "{name} says hello",
-                 "hello {name} nice to meet you how can i help", ("hello", "{name}")),
+                 "hello {name} nice to meet you how can i help", ("hello", "{name}", "help")),
         Template("greeting", "good morning i am {name}", "{name} says good morning",
-                 "good morning {name} how can i help", ("good", "morning", "{name}")),
+                 "good morning {name} how can i help", ("morning", "{name}", "help")),
         Template("color", "{name} asks what color are {thing} ?", "{name} asks about the color",
                  "{name} {thing} are {color}", ("{thing}", "{color}"), "color"),
         Template("taste", "please tell {name} what taste {thing} have ?", "{name} asks about the taste",
@@ -81,9 +81,9 @@ EN_WORDS = Words(
 ZH_WORDS = Words(
     templates=(
         Template("greeting", "你好 我 是 {name}", "{name} 说 你好",
-                 "你好 {name} 很 高兴 认识 你 我 可以 帮助 你", ("你好", "{name}")),
+                 "你好 {name} 很 高兴 认识 你 我 可以 帮助 你", ("你好", "{name}", "帮助")),
         Template("greeting", "早上好 我 是 {name}", "{name} 说 早上好",
-                 "早上好 {name} 我 可以 帮助 你", ("早上好", "{name}")),
+                 "早上好 {name} 我 可以 帮助 你", ("早上好", "{name}", "帮助")),
         Template("color", "{name} 询问 {thing} 是 什么 颜色 ？", "{name} 询问 颜色",
                  "{name} {thing} 是 {color}", ("{thing}", "{color}"), "color"),
         Template("taste", "请 告诉 {name} {thing} 是 什么 味道 ？", "{name} 询问 味道",
