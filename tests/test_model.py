@@ -343,7 +343,9 @@ def test_bfloat16_keeps_its_rope_tables_exact(qwen3):
 
 
 def test_initialize_is_seeded_and_starts_uniform():
-    config = DecoderConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=160, layers=2, heads=4, kv_heads=2, head_dim=16)
+    config = DecoderConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=160, layers=2, heads=4, kv_heads=2, head_dim=16
+    )
     one, same, other = (Decoder(config).initialize(seed) for seed in (3, 3, 4))
     tokens, cu_seqlens = packed()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))

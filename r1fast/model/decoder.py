@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from r1fast_kernels import paged_append, paged_attention, rms_norm, rope, swiglu, varlen_attention
 from torch import Tensor, nn
 
 from r1fast.model.decoder_config import DecoderConfig
 from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.model.rope_scaling import rope_frequencies
+from r1fast_kernels import paged_append, paged_attention, rms_norm, rope, swiglu, varlen_attention
 
 __all__ = ["Decoder", "DecoderConfig", "PagedKV", "PagedStep"]
 

@@ -14,6 +14,7 @@ their boundary and get none. `encode_completion` adds that space and `decode` ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from r1fast.config import UserError
@@ -130,25 +131,27 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, so a completion could never end")
-    prompt, separator = _boundary(tokenizer)
+    anchor, before, separator = _boundary(tokenizer, tokenizer.chat_template)
     if text[:1].isspace():
         separator = ""
-    before = tokenizer.encode(prompt, add_special_tokens=False)
-    whole = tokenizer.encode(prompt + separator + text, add_special_tokens=False)
-    if whole[: len(before)] != before:  # a merge across the boundary: sampling could never produce it
+    whole = tokenizer.encode(anchor + separator + text, add_special_tokens=False)
+    if tuple(whole[: len(before)]) != before:  # a merge across the boundary: sampling could never produce it
         return [*tokenizer.encode(separator + text, add_special_tokens=False), tokenizer.eos_token_id]
     return [*whole[len(before) :], tokenizer.eos_token_id]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Tokens of a completion as text: special tokens dropped, think and answer tags kept, the boundary's space gone."""
-    dropped = {
-        index
-        for index, token in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-        if token not in _KEPT
-    }
+    dropped = _dropped_ids(tokenizer, len(tokenizer))
     text = tokenizer.decode([token for token in tokens if token not in dropped], skip_special_tokens=False)
     return text.removeprefix(" ")
+
+
+@lru_cache(maxsize=8)  # the added tokens of a real tokenizer take longer to list than a completion to decode
+def _dropped_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """Every special token but the tags. `size` is the vocabulary's, so that tokens added later are seen."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(index for index, token in added.items() if token.special and token.content not in _KEPT)
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, configured: Iterable[int] = ()) -> tuple[int, ...]:
@@ -157,10 +160,14 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, configured: Iterabl
     return tuple(dict.fromkeys((*own, *configured)))
 
 
-def _boundary(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(the end of every prompt as text, what goes between it and a completion: a space or nothing)."""
-    if not tokenizer.chat_template:
-        return "", ""
+@lru_cache(maxsize=8)  # rendering and encoding a prompt for every row would be most of the time of reading them
+def _boundary(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[str, tuple[int, ...], str]:
+    """(what every prompt ends in, its tokens, what goes between it and a completion: a space or nothing)."""
+    if not template:
+        return "", (), ""
+    messages = [{"role": "user", "content": "x"}]
+    question = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
     prompt = template_text(tokenizer, "x")
-    held = prompt[-1:].isspace() or prompt.endswith(tuple(tokenizer.all_special_tokens))
-    return prompt, "" if held else " "
+    anchor = prompt.removeprefix(question) or prompt  # a template without a generation prompt ends in the question
+    held = anchor[-1:].isspace() or anchor.endswith(tuple(tokenizer.all_special_tokens))
+    return anchor, tuple(tokenizer.encode(anchor, add_special_tokens=False)), "" if held else " "
