@@ -1,0 +1,131 @@
+"""Optimizer steps: micro-batches are accumulated, the gradient is clipped, the weights move, the version is bumped.
+
+The learner is blind to the algorithm: it is given batches whose streams say everything, and a loss. What RL adds (old
+and reference log-probs, mini-batches, epochs) is policy.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from r1fast.learn.optimizer import Schedule, build_optimizer
+from r1fast.learn.policy import train_policy
+from r1fast.types import StepStats
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from r1fast.learn.losses import BatchStats
+    from r1fast.schema import OptimizerConfig
+    from r1fast.types import PackedBatch
+
+Loss = Callable[["nn.Module", "PackedBatch"], tuple["Tensor", "BatchStats | None"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """The gradient of a step lies in the parameters; this is what came with it, one entry per micro-batch."""
+
+    losses: list[Tensor]  # float32 scalars
+    stats: list[BatchStats | None]
+    tokens: int
+
+
+class Learner:
+    """Trains `model` in place for `total_steps` optimizer steps (the schedule's length; more run at its last rate)."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+        self.model, self.config = model, config
+        self.schedule = Schedule(config, total_steps)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.steps = 0  # optimizer steps begun, also those that were skipped
+        self.skipped = 0  # steps whose loss or gradient was not finite, and which changed nothing
+
+    def step(self, batches: Sequence[PackedBatch], loss: Loss) -> StepStats:
+        """One optimizer step over all micro-batches. `loss`: (model, batch) -> (scalar, BatchStats | None)."""
+        return self.apply(self.accumulate(batches, loss))
+
+    train_policy = train_policy  # one set of rollouts: all its optimizer steps
+
+    def accumulate(self, batches: Sequence[PackedBatch], loss: Loss) -> Accumulated:
+        """Zeroes the gradient and adds that of every micro-batch. The weights stay as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, stats = [], []
+        for batch in batches:
+            value, told = loss(self.model, batch)
+            value.backward()
+            losses.append(value.detach())
+            stats.append(told)
+        return Accumulated(losses, stats, sum(batch.tokens.shape[0] for batch in batches))
+
+    def apply(self, step: Accumulated) -> StepStats:
+        """Clips and steps, unless something is not finite: then the step is counted as skipped and nothing changes.
+
+        A step without any row has a zero gradient and is still a step (the momentum moves on), so that leaving out
+        rows without gradient changes nothing.
+        """
+        gradients = self._gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss, norm, told = self._read(step, norm)
+        rate = self.schedule(self.steps)
+        self.steps += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            if norm > self.config.max_grad_norm:
+                torch._foreach_mul_(gradients, self.config.max_grad_norm / norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.model.bump_version()
+        else:
+            self.skipped += 1
+        return StepStats(loss=loss, grad_norm=norm, learning_rate=rate, tokens=step.tokens, **told)
+
+    def _gradients(self) -> list[Tensor]:
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.parameters]
+
+    @staticmethod
+    def _read(step: Accumulated, norm: Tensor) -> tuple[float, float, dict[str, float]]:
+        """Everything that the host needs of a step, in one synchronisation."""
+        sums = [value for told in step.stats if told is not None for value in told[:6]]
+        loss = torch.stack(step.losses).sum() if step.losses else norm.new_zeros(())
+        loss, norm, *sums = torch.stack([value.float() for value in (loss, norm, *sums)]).tolist()
+        kl, clipped, ratio, ratio_max, count, entropy = (sums[i::6] for i in range(6))
+        rows = sum(count)
+        if not rows:
+            return loss, norm, {}
+        told = {
+            "kl": sum(kl) / rows,
+            "entropy": sum(entropy) / rows,
+            "clip_fraction": sum(clipped) / rows,
+            "ratio_mean": sum(ratio) / rows,
+            "ratio_max": max(ratio_max),
+        }
+        return loss, norm, told
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs besides the model's weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "total_steps": self.schedule.total_steps,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError where the state is of a schedule of another length: the run would not go on the same."""
+        if state["total_steps"] != self.schedule.total_steps:
+            raise ValueError(
+                f"the saved learner was to run {state['total_steps']} steps, this one {self.schedule.total_steps}: "
+                f"resume with the same configuration, or start afresh"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.skipped = state["steps"], state["skipped"]

@@ -1,0 +1,96 @@
+"""From a packed batch to a scalar loss: hidden states of the trained rows into the ops that hold the formulas.
+
+A loss here is a function `(model, batch) -> (loss, BatchStats | None)`: what the learner sums over micro-batches.
+Every denominator is in `batch.loss_weight`, so none is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from r1fast_kernels import grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from r1fast.model.decoder import Decoder
+    from r1fast.schema import ObjectiveConfig
+    from r1fast.types import PackedBatch
+
+
+class BatchStats(NamedTuple):
+    """What a policy loss measured, over its N rows; no gradient, no host synchronisation."""
+
+    kl_sum: Tensor  # nats; 0 without a reference
+    clipped_sum: Tensor  # rows whose policy gradient the clip removed
+    ratio_sum: Tensor
+    ratio_max: Tensor
+    count: Tensor  # rows of weight != 0
+    entropy_sum: Tensor  # nats
+    logp: Tensor  # float32 [N], under the weights before the step
+
+
+class _Rows(torch.autograd.Function):
+    """hidden[rows] for rows that are all different: the gradient is then copied into place. Autograd's own backward
+    has to add, row after row: 14 ms against 0.6 ms for 8k rows of 64 on one core."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = hidden.shape
+        return hidden.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, gradient), None
+
+
+def trained_hidden(model: Decoder, batch: PackedBatch) -> Tensor:
+    """Hidden states [N, H] that the batch's targets are predicted from; prompts cost no product with the head."""
+    hidden = model.forward_packed(batch.tokens, batch.cu_seqlens, batch.positions, batch.max_seqlen)
+    return _Rows.apply(hidden, batch.rows)
+
+
+def policy_loss(
+    model: Decoder, batch: PackedBatch, objective: ObjectiveConfig, temperature: float = 1.0, on_policy: bool = False
+) -> tuple[Tensor, BatchStats]:
+    """GRPO or one of its variants (kernels/grpo_loss.py has the formula), summed over the batch's rows.
+
+    `on_policy`: take the ratio to this very forward pass, whatever `batch.old_logprob` says; so also where that is
+    None. `temperature`: the one that was sampled at.
+    """
+    hidden = trained_hidden(model, batch)
+    old = None if on_policy else batch.old_logprob
+    ref = batch.ref_logprob if objective.kl_coef else None
+    clip = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
+    kl = {"kl_coef": objective.kl_coef, "kl_kind": objective.kl_kind}
+    if objective.importance == "token":
+        streams = (old, ref, batch.advantage, batch.loss_weight)
+        loss, found = linear_grpo_loss(
+            hidden, model.head_weight, batch.targets, *streams, temperature=temperature, **clip, **kl
+        )
+        return loss, BatchStats(*found[:5], found.entropy.sum(), found.logp)
+    logp, entropy = linear_logprob(hidden, model.head_weight, batch.targets, temperature)
+    streams = (old, ref, batch.advantage, batch.loss_weight)
+    rows, found = grpo_loss(logp, *streams, **clip, **kl, sequence_ids=batch.sequence, return_stats=True)
+    return rows.sum(), BatchStats(*found, entropy.sum(), logp.detach())
+
+
+def cross_entropy_loss(model: Decoder, batch: PackedBatch) -> tuple[Tensor, None]:
+    """Supervised: the weighted sum of -log p(target)."""
+    loss, _ = linear_cross_entropy(trained_hidden(model, batch), model.head_weight, batch.targets, batch.loss_weight)
+    return loss, None
+
+
+@torch.no_grad()
+def log_probs(model: Decoder, batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[Tensor]:
+    """Of each batch, the log-probs of its targets under `model`: float32 [N], nats. For the recomputed old policy and
+    the reference."""
+    return [
+        linear_logprob(trained_hidden(model, batch), model.head_weight, batch.targets, temperature)[0]
+        for batch in batches
+    ]

@@ -1,0 +1,199 @@
+"""Rows of any length into micro-batches without padding, and the weights that make their losses add up.
+
+Every denominator of a step is computed here, once, over all its rows, before any row is dropped or put in a
+micro-batch: after that micro-batches (and ranks) only add. Nothing here loops over tokens in Python.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from random import Random
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from r1fast.types import PackedBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from r1fast.types import RolloutGroup
+
+Aggregate = Literal["sequence", "token", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence to train on: prompt and completion, with what the algorithm says about the completion.
+
+    The per-token streams have one entry per completion token, in nats.
+    """
+
+    tokens: Sequence[int]  # prompt, then completion
+    prompt_length: int  # at least 1: the first completion token is predicted from the last prompt token
+    advantage: float = 0.0
+    old_logprobs: Sequence[float] | None = None  # of the policy that the ratio is taken to; at first the sampler's
+    ref_logprobs: Sequence[float] | None = None
+    correction: Sequence[float] | None = None  # truncated importance weight of each token, on the advantage
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+def row_from_example(prompt_tokens: Sequence[int], completion_tokens: Sequence[int]) -> Row:
+    """A supervised row: the loss is on the completion."""
+    return Row([*prompt_tokens, *completion_tokens], len(prompt_tokens))
+
+
+def rows_from_groups(groups: Sequence[RolloutGroup], advantages: Tensor) -> list[Row]:
+    """One row per rollout, in order. `advantages`: float32 [rollouts], as `advantages.advantages` gives them."""
+    values = iter(advantages.tolist())
+    return [
+        Row([*group.prompt.tokens, *r.tokens], len(group.prompt.tokens), next(values), old_logprobs=r.logprobs)
+        for group in groups
+        for r in group.rollouts
+    ]
+
+
+def loss_weights(rows: Sequence[Row], aggregate: Aggregate, max_tokens: int | None = None) -> np.ndarray:
+    """The weight of each token of each row in the loss of an optimizer step, float64 [rows].
+
+    sequence: 1 / (|o| R), the mean over a response's tokens, then over the R responses (DeepSeekMath eq. 3);
+    token: 1 / (tokens of all responses) (DAPO eq. 8); constant: 1 / (max_tokens R) (Dr. GRPO, its constant being the
+    most a response may have). Pass all rows of the step, also those that will not be trained on.
+    """
+    lengths = np.array([row.completion_length for row in rows], dtype=np.float64)
+    if aggregate == "sequence":
+        return 1.0 / (np.maximum(lengths, 1.0) * len(rows))
+    if aggregate == "token":
+        return np.full(len(rows), 1.0 / max(lengths.sum(), 1.0))
+    if aggregate == "constant":
+        if max_tokens is None:
+            raise ValueError("aggregate 'constant' needs max_tokens, the longest response that the sampler may give")
+        return np.full(len(rows), 1.0 / (max_tokens * len(rows)))
+    raise ValueError(f"unknown aggregate {aggregate!r}; known are sequence, token, constant")
+
+
+def plan(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+    """Which rows go together: best-fit decreasing under a token budget. A row over the budget gets its own batch.
+
+    Indices of a batch are in order of falling length, and the batches of falling total, so that the step that
+    needs most memory is the first.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, batch), ascending
+    for i in order:
+        at = bisect_left(room, (lengths[i], -1))
+        if at == len(room):
+            batches.append([i])
+            left, batch = micro_batch_tokens - lengths[i], len(batches) - 1
+        else:
+            left, batch = room.pop(at)
+            batches[batch].append(i)
+            left -= lengths[i]
+        insort(room, (left, batch))
+    return sorted(batches, key=lambda batch: -sum(lengths[i] for i in batch))
+
+
+def row_lengths(rows: Sequence[Row]) -> list[int]:
+    """Tokens that each row forwards: its last one predicts nothing and is left out."""
+    return [len(row.tokens) - 1 for row in rows]
+
+
+def pack(
+    rows: Sequence[Row],
+    weights: np.ndarray | None,
+    micro_batch_tokens: int,
+    device: torch.device | str = "cpu",
+    order: list[list[int]] | None = None,
+) -> list[PackedBatch]:
+    """Micro-batches of `rows`, in the order of `plan` (or `order`, if the caller has made it already).
+
+    `weights`: float [rows], of every token of a row, as `loss_weights` gives them; None: zeros (log-probs only).
+    """
+    if order is None:
+        order = plan(row_lengths(rows), micro_batch_tokens)
+    return [_pack_one([rows[i] for i in part], None if weights is None else weights[part], device) for part in order]
+
+
+def _pack_one(rows: list[Row], weights: np.ndarray | None, device: torch.device | str) -> PackedBatch:
+    full = np.array([len(row.tokens) for row in rows], dtype=np.int64)
+    prompt = np.array([row.prompt_length for row in rows], dtype=np.int64)
+    if prompt.min() < 1 or (full <= prompt).any():
+        raise ValueError("a row needs at least one prompt token and one completion token")
+    flat = np.fromiter(chain.from_iterable(row.tokens for row in rows), dtype=np.int64, count=int(full.sum()))
+    ends = np.cumsum(full)
+    fed, answers = full - 1, full - prompt
+    keep = np.ones(len(flat), dtype=bool)
+    keep[ends - 1] = False
+    starts = np.concatenate([[0], np.cumsum(fed)])
+    sequence = np.repeat(np.arange(len(rows)), answers)
+    within = np.arange(len(sequence)) - np.repeat(np.cumsum(answers) - answers, answers)
+
+    def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+
+    def stream(name: str) -> Tensor | None:
+        if getattr(rows[0], name) is None:
+            return None
+        values = chain.from_iterable(getattr(row, name) for row in rows)
+        return put(np.fromiter(values, dtype=np.float64, count=len(sequence)), torch.float32)
+
+    advantage = put(np.repeat(np.array([row.advantage for row in rows]), answers), torch.float32)
+    correction = stream("correction")
+    return PackedBatch(
+        tokens=put(flat[keep], torch.int64),
+        positions=put(np.arange(starts[-1]) - np.repeat(starts[:-1], fed), torch.int64),
+        cu_seqlens=put(starts, torch.int32),
+        rows=put(np.repeat(starts[:-1] + prompt - 1, answers) + within, torch.int64),
+        targets=put(flat[np.repeat(ends - answers, answers) + within], torch.int64),
+        sequence=put(sequence, torch.int64),
+        loss_weight=put(np.zeros(len(sequence)) if weights is None else np.repeat(weights, answers), torch.float32),
+        advantage=advantage if correction is None else advantage * correction,
+        old_logprob=stream("old_logprobs"),
+        ref_logprob=stream("ref_logprobs"),
+        max_seqlen=int(fed.max()),
+    )
+
+
+def unpack(values: Sequence[Tensor], batches: Sequence[PackedBatch], order: list[list[int]]) -> list[np.ndarray]:
+    """Per-token values of packed batches back to their rows: float32 arrays, in the order of the packed rows.
+
+    `values[b]`: float [N] of `batches[b]`; `order`: what `plan` returned for them.
+    """
+    found: list[np.ndarray] = [np.empty(0, np.float32)] * sum(map(len, order))
+    for part, batch, value in zip(order, batches, values, strict=True):
+        counts = np.bincount(batch.sequence.cpu().numpy(), minlength=len(part))
+        for i, piece in zip(part, np.split(value.float().cpu().numpy(), np.cumsum(counts)[:-1]), strict=True):
+            found[i] = piece
+    return found
+
+
+def supervised_steps(
+    rows: Sequence[Row],
+    *,
+    steps: int,
+    batch_examples: int,
+    micro_batch_tokens: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    aggregate: Aggregate = "token",
+) -> Iterator[list[PackedBatch]]:
+    """The micro-batches of each of `steps` optimizer steps: epochs of seeded shuffles, one running into the next.
+
+    The order depends on `seed` alone, so that a resumed run skips what it has done and goes on the same.
+    """
+    random, queue = Random(seed), []
+    for _ in range(steps):
+        while len(queue) < min(batch_examples, len(rows)):
+            epoch = list(range(len(rows)))
+            random.shuffle(epoch)
+            queue += epoch
+        part, queue = [rows[i] for i in queue[:batch_examples]], queue[batch_examples:]
+        yield pack(part, loss_weights(part, aggregate), micro_batch_tokens, device)
