@@ -2,6 +2,10 @@
 
 from importlib import import_module
 
+from r1fast_kernels.paths import put_checkout_last
+
+put_checkout_last()  # before anything imports transformers, which imports a `kernels` of its own
+
 _WHERE = {
     "load": "r1fast.model.weights",
     "save": "r1fast.model.weights",
