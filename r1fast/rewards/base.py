@@ -7,12 +7,11 @@ apart.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from r1fast.config import UserError
+from r1fast.config import UserError, nearest
 
 Reference = str | int | float | Mapping[str, Any] | None
 
@@ -30,6 +29,9 @@ class Reward:
 
     name: ClassVar[str] = ""
     cheap: ClassVar[bool] = True  # False: `judge` may hang or crash, and is run in a worker process with a deadline
+
+    def prepare(self) -> None:
+        """Slow imports, done once in each worker process before its clock starts."""
 
     def judge(self, completion: str, reference: Reference) -> float:
         """The value, in this process and without a deadline; raises where it cannot tell."""
@@ -77,7 +79,5 @@ def names() -> list[str]:
 def get(name: str) -> Reward:
     """The reward of that name; an unknown one is a `UserError` with the nearest known."""
     if name not in _REWARDS:
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names())}"
-        raise UserError(f"rewards: there is no reward {name!r}; {hint}")
+        raise UserError(f"rewards: there is no reward {name!r}{nearest(name, names())}; known are {', '.join(names())}")
     return _REWARDS[name]

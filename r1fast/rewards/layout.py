@@ -10,6 +10,9 @@ import re
 
 THINK, THINK_END, ANSWER, ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
+LONGEST_ANSWER = 500  # characters; a longer answer is not read (the longest of MATH-500 has 53)
+
+_BRACE = re.compile(r"(?<!\\)[{}]")
 # The colon may be full-width; spaces around it are few, so that the pattern cannot run over a long blank stretch.
 _LABEL = re.compile(r"(?:answer|答案)[ \t]{0,8}[:：]", re.IGNORECASE)
 
@@ -53,3 +56,17 @@ def well_formed(completion: str) -> bool:
     between = text[text.find(THINK_END) + len(THINK_END) : text.find(ANSWER)]
     in_order = text.startswith(THINK) and text.endswith(ANSWER_END) and text.find(THINK_END) < text.find(ANSWER)
     return in_order and not between.strip()
+
+
+def boxed(text: str) -> str | None:
+    """The inside of the last closed `\\boxed{...}`, braces matched; None where there is none."""
+    end = len(text)
+    while (start := text.rfind(r"\boxed{", 0, end)) >= 0:
+        opened = start + len(r"\boxed{")
+        depth = 1
+        for brace in _BRACE.finditer(text, opened, min(len(text), opened + LONGEST_ANSWER)):
+            depth += 1 if brace.group() == "{" else -1
+            if depth == 0:
+                return text[opened : brace.start()].strip()
+        end = start
+    return None

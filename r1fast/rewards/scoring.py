@@ -18,7 +18,7 @@ from r1fast.rewards.layout import thinking
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
 if TYPE_CHECKING:
-    from r1fast.rewards.pool import WorkerPool
+    from r1fast.rewards.pool import RewardPool
 
 Given = Mapping[str, Sequence[Sequence[float]]]  # kind -> [group][rollout] -> value
 
@@ -27,7 +27,7 @@ def score(
     groups: Sequence[RolloutGroup],
     weights: Mapping[str, float],
     verifier: str | None,
-    pool: WorkerPool | None = None,
+    pool: RewardPool | None = None,
     given: Given | None = None,
 ) -> list[RolloutGroup]:
     """`groups` with `rewards` (by kind), `reward` (their weighted sum) and `errors` filled in every rollout.
@@ -59,7 +59,7 @@ class Scorer:
         self,
         weights: Mapping[str, Mapping[str, float]],
         verifiers: Mapping[str, str | None],
-        pool: WorkerPool | None = None,
+        pool: RewardPool | None = None,
     ) -> None:
         self.weights = weights
         self.verifiers = verifiers
@@ -85,11 +85,11 @@ def count_errors(groups: Iterable[RolloutGroup]) -> dict[str, int]:
     return dict(Counter(kind for group in groups for rollout in group.rollouts for kind in rollout.errors))
 
 
-def readable(completion: str, language: str, least_share: float = 1.0, max_paragraph: int = 2000) -> str | None:
+def readable(completion: str, language: str | None, least_share: float = 1.0, max_paragraph: int = 2000) -> str | None:
     """Why a chain of thought is not fit to be learned from, or None where it is (DeepSeek-R1, section 2.3.3).
 
     Dropped: mixed language (less than `least_share` of its words in `language`), a paragraph of more than
-    `max_paragraph` characters, a code block.
+    `max_paragraph` characters, a code block. Where `language` is None, languages are not looked at.
     """
     thought = thinking(completion)
     if "```" in thought:
@@ -97,10 +97,10 @@ def readable(completion: str, language: str, least_share: float = 1.0, max_parag
     longest = max((len(paragraph) for paragraph in thought.split("\n\n")), default=0)
     if longest > max_paragraph:
         return f"paragraph of {longest} characters"
+    if language is None:
+        return None
     share = base.get("language").judge(completion, language)
-    if share < least_share:
-        return f"mixed language: {share:.0%} {language}"
-    return None
+    return f"mixed language: {share:.0%} {language}" if share < least_share else None
 
 
 # -- inside ---------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def _reference(kind: str, prompt: Prompt) -> Any:
 
 
 def _judge(
-    groups: Sequence[RolloutGroup], kind: str, verifier: str | None, pool: WorkerPool | None
+    groups: Sequence[RolloutGroup], kind: str, verifier: str | None, pool: RewardPool | None
 ) -> list[list[Score]]:
     """One kind for every rollout of every group."""
     if not groups:

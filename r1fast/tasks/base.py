@@ -7,13 +7,12 @@ it has not is a `UserError` that says so.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from r1fast.config import UserError
+from r1fast.config import UserError, nearest
 from r1fast.schema import Strict, TaskConfig
 from r1fast.types import Example, Preference, Problem
 
@@ -86,7 +85,10 @@ def build(name: str, config: TaskConfig, default_path: str | None = None) -> Tas
     file yet: the first `problems` does.
     """
     if config.kind not in _KINDS:
-        raise UserError(f"tasks.{name}.kind: there is no kind {config.kind!r}{nearest(config.kind, kinds())}")
+        known = ", ".join(kinds())
+        raise UserError(
+            f"tasks.{name}.kind: there is no kind {config.kind!r}{nearest(config.kind, kinds())}; kinds are {known}"
+        )
     return _KINDS[config.kind](name, config, default_path)
 
 
@@ -95,18 +97,13 @@ def read_options(options: type[Strict], name: str, config: TaskConfig) -> Any:
     known = sorted(options.model_fields)
     for key in config.options:
         if key not in known:
-            raise UserError(f"tasks.{name}.options.{key}: no option of kind {config.kind!r}{nearest(key, known)}")
+            have = f"options are {', '.join(known)}" if known else "it takes none"
+            raise UserError(
+                f"tasks.{name}.options.{key}: no option of kind {config.kind!r}{nearest(key, known)}; {have}"
+            )
     try:
         return options(**config.options)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["tasks", name, "options", *map(str, first["loc"])])
         raise UserError(f"{where}: {first['msg']}") from None
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """The end of a sentence about an unknown word: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else "; it takes none"

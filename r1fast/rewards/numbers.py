@@ -1,0 +1,50 @@
+"""Numbers as people and models write them, read exactly: what the gsm8k verifier and majority votes compare.
+
+Reads `1,080`, `1{,}080`, `$18.00`, `-5`, `3/4`, `50%`; equal values have one form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from fractions import Fraction
+
+LONGEST = 60  # characters of a number; beyond, it is an attack on `int`, not an answer
+
+# A minus counts as a sign only where it cannot be a subtraction: in `16-3` the second number is 3.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]])[-+]\s?)?"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:\s?/\s?[0-9]+(?:\.[0-9]+)?)?"
+    r"|(?<![0-9])\.[0-9]+"
+)
+_CURRENCY = re.compile(r"\\?[$€£¥₹]|\\[!,;:]")  # and LaTeX's thin spaces
+
+
+def _plain(text: str) -> str:
+    return _CURRENCY.sub("", text.replace("{,}", ",").replace("\u2212", "-"))
+
+
+def _value(text: str) -> Fraction | None:
+    if len(text) > LONGEST:
+        return None
+    above, _, below = "".join(text.split()).replace(",", "").partition("/")
+    divisor = Fraction(below) if below else Fraction(1)
+    return Fraction(above) / divisor if divisor else None
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in `text`; None where there is none, or where the last one is no number after all (1/0)."""
+    found = deque(_NUMBER.finditer(_plain(text)), maxlen=1)
+    return _value(found[0].group()) if found else None
+
+
+def first_number(text: str) -> Fraction | None:
+    """The first number in `text`, or None."""
+    found = _NUMBER.search(_plain(text))
+    return _value(found.group()) if found else None
+
+
+def plain_number(text: str) -> str | None:
+    """`text` in its one form where it is a number and nothing else (`1,080` and `1080.0` give "1080"), or None."""
+    text = _plain(text).strip()
+    return str(value) if _NUMBER.fullmatch(text) and (value := _value(text)) is not None else None
