@@ -112,7 +112,7 @@ if __name__ == "__main__":  # tests import this file to read what it would do
     setup(
         packages=[*find_packages(include=["r1fast", "r1fast.*"]), "r1fast_kernels"],
         package_dir={"r1fast_kernels": "kernels"},
-        package_data={"r1fast": ["recipes/*.yaml"]},
+        package_data={"r1fast": ["recipes/*.yaml", "report/*.css", "report/*.js"]},
         ext_modules=[Extension("r1fast_kernels._cpu", []), Extension("r1fast_kernels._cuda", [], optional=True)],
         cmdclass={"build_ext": BuildNative},
     )

@@ -1,0 +1,154 @@
+"""The stage table, and where the seconds went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from r1fast.report.dag import KIND_WORDS
+from r1fast.report.markup import Html, tag
+from r1fast.report.measures import Column, columns
+from r1fast.report.run import Run, StageRecord, number
+from r1fast.report.scale import duration, percent, short
+
+PHASES = ("sample", "score", "logprob", "learn", "evaluate", "other")
+PHASE_WORDS = {
+    "sample": "sampling",
+    "score": "scoring",
+    "logprob": "log-probs of the policy and the reference",
+    "learn": "learning",
+    "evaluate": "evaluation",
+    "other": "all else (data, checkpoints, start)",
+}
+
+
+def stage_table(run: Run) -> Html:
+    """A row a stage in the recipe's order; a stage without an evaluation says what it made instead."""
+    stages = list(run.stages.values())
+    shown = columns(stages)
+    head = [tag("th", "stage"), tag("th", "kind", class_="left"), tag("th", "from", class_="left")]
+    head += [tag("th", column.title, title=column.why) for column in shown]
+    rows = [_row(stage, shown) for stage in stages]
+    table = tag("table", tag("thead", tag("tr", head)), tag("tbody", rows))
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Stage table")
+
+
+def _row(stage: StageRecord, shown: list[Column]) -> Html:
+    cells = [
+        tag("td", tag("span", stage.name, class_="stage"), style=f"--c: var(--s{stage.color % 10})"),
+        tag("td", KIND_WORDS.get(stage.kind, stage.kind), class_="left"),
+        tag("td", tag("code", stage.start) if stage.start else "scratch", class_="left"),
+    ]
+    measured = [column for column in shown if column.key != "seconds"]
+    if stage.evaluation:
+        cells += [_cell(stage, column) for column in measured]
+    elif measured:
+        words = stage.note or ("no evaluation of its own" if stage.done else f"{_state(stage)}")
+        cells.append(tag("td", words, colspan=len(measured), class_="note"))
+    cells += [_cell(stage, column) for column in shown if column.key == "seconds"]
+    return tag("tr", cells, data_stage=stage.name)
+
+
+def _cell(stage: StageRecord, column: Column) -> Html:
+    value = column.read(stage)
+    if value is None:
+        return tag("td", "–")
+    content: list[Any] = [column.write(value)]
+    if column.key == "pass@1":
+        low, high = (number(stage.evaluation, f"pass@1_{end}") for end in ("low", "high"))
+        if low is not None and high is not None:
+            content += [" ", tag("small", f"{100 * low:.1f}–{100 * high:.1f}"), _interval(low, high, stage.color)]
+        return tag("td", content, class_="headline", data_value=repr(value), data_key=column.key)
+    return tag("td", content, data_value=repr(value), data_key=column.key)
+
+
+def _interval(low: float, high: float, color: int) -> Html:
+    """The 95% interval on a line from 0 to 1."""
+    return tag(
+        "svg",
+        tag("title", f"95% interval {percent(low)} to {percent(high)}"),
+        tag("rect", x=0, y=6, width=96, height=2, rx=1, class_="track"),
+        tag("line", x1=1.5 + 93 * low, x2=max(1.5 + 93 * high, 2 + 93 * low), y1=7, y2=7, class_="whisker"),
+        viewBox="0 0 96 14",
+        class_="interval",
+        style=f"--c: var(--s{color % 10})",
+    )
+
+
+def _state(stage: StageRecord) -> str:
+    return {"planned": "not run yet", "started": "interrupted"}.get(stage.status, stage.status)
+
+
+def phase_seconds(stage: StageRecord) -> dict[str, float]:
+    """Seconds by phase, in the order of PHASES; what no phase claims of the stage's seconds is `other`."""
+    seconds = {phase: 0.0 for phase in PHASES}
+    for phase, spent in stage.phase_seconds().items():
+        seconds[phase if phase in seconds else "other"] += spent
+    seconds["evaluate"] += sum(number(point, "seconds") or 0.0 for point in stage.curve.values())
+    seconds["evaluate"] += (number(stage.evaluation, "seconds") or 0.0) if stage.evaluation else 0.0
+    seconds["other"] += max(0.0, (stage.seconds or 0.0) - sum(seconds.values()))
+    return seconds
+
+
+def time_section(run: Run) -> Html:
+    """A stacked bar a stage, all on one scale, and the tokens a second of the phases."""
+    spent = {stage.name: phase_seconds(stage) for stage in run.stages.values()}
+    totals = {name: sum(seconds.values()) for name, seconds in spent.items()}
+    longest = max(totals.values(), default=0.0)
+    if longest <= 0:
+        return tag("p", "No stage has reported any time yet.", class_="empty")
+    bars = []
+    for name, seconds in spent.items():
+        if totals[name] <= 0:
+            continue
+        pieces = [
+            tag("i", style=f"width: {100 * s / longest:.2f}%; --p: var(--p-{phase})", title=f"{phase}: {duration(s)}")
+            for phase, s in seconds.items()
+            if s > 0
+        ]
+        spoken = ", ".join(f"{phase} {duration(s)}" for phase, s in seconds.items() if s > 0)
+        bars += [
+            tag("code", name),
+            tag("div", pieces, class_="bar", role="img", aria_label=f"{name}: {spoken}"),
+            tag("span", duration(totals[name]), class_="total"),
+        ]
+    whole = {phase: sum(seconds[phase] for seconds in spent.values()) for phase in PHASES}
+    key = [_phase(phase, s) for phase, s in whole.items() if s > 0]
+    parts = [tag("ul", key, class_="phases"), tag("div", bars, class_="times")]
+    if rates := _rates(run):
+        parts += [tag("h3", "Tokens a second"), rates]
+    return tag("div", parts)
+
+
+def _phase(phase: str, seconds: float) -> Html:
+    """A line of the legend: colour, meaning, seconds of the whole run."""
+    name = tag("span", PHASE_WORDS[phase], class_="swatch")
+    return tag("li", name, " ", tag("b", duration(seconds)), style=f"--p: var(--p-{phase})")
+
+
+def _rates(run: Run) -> Html | None:
+    """Tokens a second by phase: per stage from its steps, and the run's own numbers where it has finished."""
+    rows, phases = [], ("sample", "learn")
+    for stage in run.stages.values():
+        rates = [_rate(stage, phase) for phase in phases]
+        if any(rates):
+            rows.append([tag("code", stage.name), *rates])
+    whole: Mapping[str, Any] = (run.summary or {}).get("tokens_per_second") or {}
+    if any(number(whole, phase) for phase in phases):
+        rows.append([tag("b", "whole run"), *(number(whole, phase) for phase in phases)])
+    if not rows:
+        return None
+    head = tag("tr", tag("th", "stage"), tag("th", "sampling"), tag("th", "learning"))
+    body = [tag("tr", tag("td", name), [tag("td", short(r) if r else "–") for r in rates]) for name, *rates in rows]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="rates"), class_="scroll")
+
+
+def _rate(stage: StageRecord, phase: str) -> float | None:
+    """Tokens of the steps over the seconds of the phase. In RL and rejection the tokens are the sampled ones."""
+    seconds = tokens = 0.0
+    for event in stage.steps.values():
+        spent = number(event, f"phase_seconds.{phase}")
+        if spent:
+            seconds += spent
+            tokens += number(event, "tokens") or 0.0
+    return tokens / seconds if seconds > 0 and tokens > 0 else None
