@@ -15,6 +15,7 @@ import torch
 
 from r1fast.learn.optimizer import Schedule, build_optimizer
 from r1fast.learn.policy import train_policy
+from r1fast.model.decoder import Decoder
 from r1fast.types import StepStats
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            self.model.bump_version()
+            if isinstance(self.model, Decoder):  # a reward model is not sampled from: it has no version
+                self.model.bump_version()
         else:
             self.skipped += 1
         return StepStats(loss=loss, grad_norm=norm, learning_rate=rate, tokens=step.tokens, **told)

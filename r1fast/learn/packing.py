@@ -122,6 +122,12 @@ def pack(
     return [_pack_one([rows[i] for i in part], None if weights is None else weights[part], device) for part in order]
 
 
+def layout(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where sequences of these lengths begin when laid end to end, [B+1], and each token's place in its own, [T]."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return starts, np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+
+
 def _pack_one(rows: list[Row], weights: np.ndarray | None, device: torch.device | str) -> PackedBatch:
     full = np.array([len(row.tokens) for row in rows], dtype=np.int64)
     prompt = np.array([row.prompt_length for row in rows], dtype=np.int64)
@@ -132,9 +138,9 @@ def _pack_one(rows: list[Row], weights: np.ndarray | None, device: torch.device 
     fed, answers = full - 1, full - prompt
     keep = np.ones(len(flat), dtype=bool)
     keep[ends - 1] = False
-    starts = np.concatenate([[0], np.cumsum(fed)])
+    starts, positions = layout(fed)
     sequence = np.repeat(np.arange(len(rows)), answers)
-    within = np.arange(len(sequence)) - np.repeat(np.cumsum(answers) - answers, answers)
+    _, within = layout(answers)
 
     def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
@@ -149,7 +155,7 @@ def _pack_one(rows: list[Row], weights: np.ndarray | None, device: torch.device 
     correction = stream("correction")
     return PackedBatch(
         tokens=put(flat[keep], torch.int64),
-        positions=put(np.arange(starts[-1]) - np.repeat(starts[:-1], fed), torch.int64),
+        positions=put(positions, torch.int64),
         cu_seqlens=put(starts, torch.int32),
         rows=put(np.repeat(starts[:-1] + prompt - 1, answers) + within, torch.int64),
         targets=put(flat[np.repeat(ends - answers, answers) + within], torch.int64),
@@ -189,11 +195,18 @@ def supervised_steps(
 
     The order depends on `seed` alone, so that a resumed run skips what it has done and goes on the same.
     """
+    for picks in epochs_of(len(rows), steps, batch_examples, seed):
+        part = [rows[i] for i in picks]
+        yield pack(part, loss_weights(part, aggregate), micro_batch_tokens, device)
+
+
+def epochs_of(count: int, steps: int, batch: int, seed: int) -> Iterator[list[int]]:
+    """The indices below `count` of each of `steps` batches: seeded shuffles, one running into the next."""
     random, queue = Random(seed), []
     for _ in range(steps):
-        while len(queue) < min(batch_examples, len(rows)):
-            epoch = list(range(len(rows)))
+        while len(queue) < batch:
+            epoch = list(range(count))
             random.shuffle(epoch)
             queue += epoch
-        part, queue = [rows[i] for i in queue[:batch_examples]], queue[batch_examples:]
-        yield pack(part, loss_weights(part, aggregate), micro_batch_tokens, device)
+        yield queue[:batch]
+        del queue[:batch]
