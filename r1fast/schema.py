@@ -43,7 +43,7 @@ class ModelConfig(Strict):
 
 
 class TaskConfig(Strict):
-    """Where prompts come from and what says that an answer is right. `python -m r1fast.train --help` lists the kinds."""
+    """Where prompts come from and what says that an answer is right; r1fast/tasks/ has one file a kind."""
 
     kind: str
     path: str | None = None  # a JSONL file or a `datasets` name, for kinds that read one; default: the recipe's `data`
@@ -99,7 +99,7 @@ class MixEntry(Strict):
     task: str
     share: PositiveFloat = 1.0  # of the step's prompts, relative to the other entries that are active
     rewards: dict[str, float] = {"accuracy": 1.0, "format": 1.0}  # kind -> weight; accuracy: the task's own verifier
-    start: float = Field(0.0, ge=0, lt=1)  # share of the stage's steps after which this entry joins (R1: last 400 of 1,700)
+    start: float = Field(0.0, ge=0, lt=1)  # share of the steps after which it joins (R1: the last 400 of 1,700)
 
 
 class DataSource(Strict):

@@ -26,7 +26,7 @@ class Problem:
 
     id: str  # unique within its task and split; stable across runs
     text: str  # what the user says, without any template
-    answer: Any  # what the task's verifier compares with: str, number, dict of tests, or None where nothing is right or wrong
+    answer: Any  # what the task's verifier compares with; None where nothing is right or wrong
     task: str  # name of the task in the recipe
     meta: Mapping[str, Any] = field(default_factory=dict)  # what rewards may need besides: language, category, ...
 

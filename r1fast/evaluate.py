@@ -1,0 +1,151 @@
+"""`python -m r1fast.evaluate MODEL_DIR --task NAME|FILE.jsonl`: one checkpoint, one task, the paper's protocol.
+
+pass@1 is the mean over k samples at T 0.6 and top-p 0.95, with a bootstrap interval; cons@k is the majority's. The
+numbers come from the same code as the ones after every stage of a recipe (stages/evaluate.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from r1fast.config import UserError
+from r1fast.schema import EvaluationConfig, SamplingConfig, TaskConfig
+
+FIELDS_OF_KIND = {"gsm8k": ("question", "answer"), "math": ("problem", "answer")}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m r1fast.evaluate", description=__doc__.split("\n\n")[1])
+    p.add_argument("model", type=Path, metavar="MODEL_DIR", help="a checkpoint in Hugging Face format")
+    p.add_argument("--task", required=True, metavar="NAME|FILE", help="a kind of task, or a JSONL file of problems")
+    p.add_argument("--data", metavar="FILE", help="the rows that a task given by NAME reads")
+    p.add_argument("--samples", type=int, default=16, metavar="K", help="completions a problem (default 16)")
+    p.add_argument("--temperature", type=float, default=0.6)
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--max-tokens", type=int, default=None, help="default: what the context leaves, at most 1024")
+    p.add_argument("--limit", type=int, default=256, metavar="N", help="problems (default 256)")
+    p.add_argument("--template", choices=["paper", "checkpoint", "words"], default=None, help="default: checkpoint's")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers and every completion")
+    return p
+
+
+def kind_of_rows(path: Path) -> str:
+    """The kind of task whose fields the first row of a file has; any other file is of kind `jsonl`."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    try:
+        fields = set(json.loads(first))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{path}:1: not a JSON object: {error}") from error
+    for kind, needed in FIELDS_OF_KIND.items():
+        if fields.issuperset(needed) and (kind != "gsm8k" or "####" in json.loads(first)["answer"]):
+            return kind
+    return "jsonl"
+
+
+class WholeFile:
+    """A task whose every row is a test problem: a file named on the command line is what is to be measured."""
+
+    def __init__(self, task):
+        self._task = task
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def problems(self, split, count=None, seed=0):
+        every = [p for part in ("train", "validation", "test") for p in self._task.problems(part, None, seed)]
+        every.sort(key=lambda problem: problem.id)
+        return every[:count]
+
+
+def find_task(spec: str, data: str | None):
+    from r1fast import tasks
+
+    path = Path(spec)
+    if path.suffix in (".jsonl", ".json") or path.exists():
+        if not path.is_file():
+            raise UserError(f"--task {spec}: no such file")
+        return WholeFile(tasks.build(path.stem, TaskConfig(kind=kind_of_rows(path), path=spec), None))
+    return tasks.build(spec, TaskConfig(kind=spec, path=data), data)
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
+    """The numbers, and a row for every problem with its completions."""
+    if args.samples < 1 or args.limit < 1:
+        raise UserError("--samples and --limit must be at least 1")
+    task = find_task(args.task, args.data)
+    if task.verifier is None:
+        raise UserError(f"task {args.task!r} has no right answers to measure; give a task with a verifier")
+
+    from r1fast.devices import choose_device, choose_dtype
+    from r1fast.model.tokenizer import CHAT_TEMPLATES
+    from r1fast.model.weights import load
+    from r1fast.rewards.pool import RewardPool
+    from r1fast.stages.evaluate import Evaluator
+
+    device = choose_device(args.device)
+    model, tokenizer = load(args.model, device=device, dtype=choose_dtype(args.dtype, device))
+    if args.template not in (None, "checkpoint"):
+        tokenizer.chat_template = CHAT_TEMPLATES[args.template]
+    longest = model.config.max_positions
+    max_tokens = args.max_tokens or min(1024, longest // 2)
+    protocol = EvaluationConfig(
+        task=task.name,
+        limit=args.limit,
+        samples=args.samples,
+        greedy=False,
+        sampling=SamplingConfig(max_tokens=max_tokens, temperature=args.temperature, top_p=args.top_p),
+    )
+    with RewardPool() as pool:
+        result, measured = Evaluator(model, tokenizer, {task.name: task}, longest, pool).evaluate(protocol)
+    rows = [
+        {
+            "id": group.prompt.id,
+            "prompt": group.prompt.text,
+            "answer": group.prompt.answer,
+            "completions": [r.text for r in group.rollouts],
+            "correct": correct,
+        }
+        for group, correct in zip(measured.groups, measured.correct, strict=True)
+    ]
+    return result, rows
+
+
+def show(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    k = result["k"]
+    table = Table(title=f"{result['task']}: {result['problems']} problems, {k} samples each")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("pass@1", f"{result['pass@1']:.3f}  [{result['pass@1_low']:.3f}, {result['pass@1_high']:.3f}]")
+    table.add_row(f"cons@{k}", f"{result['cons@k']:.3f}")
+    for name in ("format", "language", "truncated"):
+        table.add_row(name, f"{result[name]:.3f}")
+    table.add_row("tokens a response", f"{result['length']:.1f}")
+    table.add_row("verifier failures", str(result["errors"]))
+    table.add_row("seconds", f"{result['seconds']:.1f}")
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        result, rows = evaluate(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(result)
+    if args.out is not None:
+        args.out.write_text(json.dumps({**result, "rows": rows}, ensure_ascii=False, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

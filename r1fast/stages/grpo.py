@@ -1,0 +1,272 @@
+"""Reinforcement learning with group-relative advantages: R1-Zero, reasoning RL and RL for all scenarios are this one
+loop with other prompts and rewards.
+
+A step: take prompts, sample a group for each, score, turn rewards into advantages, learn. The sampler and the learner
+hold the same model object, so there are no weights to sync; `weights_version` says which weights a group came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import TYPE_CHECKING
+
+from r1fast.config import UserError
+from r1fast.learn.advantages import informative, overlong_penalty
+from r1fast.learn.learner import Learner
+from r1fast.metrics import PhaseTimer
+from r1fast.model.weights import clone, copy_weights, save
+from r1fast.rewards.scoring import score
+from r1fast.stages.context import StageOutcome
+from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage
+from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, start_model
+from r1fast.stages.reward_model import PreferenceReward
+
+if TYPE_CHECKING:
+    from r1fast.schema import GRPOStage, MixEntry
+    from r1fast.stages.context import StageContext
+    from r1fast.types import Prompt, RolloutGroup
+
+SAMPLED_LINES = 2  # training samples a logged step writes to samples.jsonl
+
+
+@dataclass(slots=True)
+class Source:
+    """A mix entry with its endless prompts."""
+
+    entry: MixEntry
+    stream: PromptStream
+    first_step: int
+
+
+@dataclass(slots=True)
+class Drawn:
+    """The groups of one step and what it took to get them."""
+
+    groups: list[RolloutGroup] = field(default_factory=list)
+    sampled: list[RolloutGroup] = field(default_factory=list)  # before dynamic sampling dropped any: what is reported
+    rounds: int = 0
+
+
+def shares(sources: list[Source], step: int, count: int) -> list[int]:
+    """Prompts of each source at `step`: proportional to the shares of the active ones, summing to `count` exactly."""
+    active = [s.entry.share if step >= s.first_step else 0.0 for s in sources]
+    total = sum(active)
+    exact = [count * a / total for a in active]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: count - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+class GRPOStageRun:
+    """One stage's loop, split by phase: draw (sample and score), learn, report."""
+
+    def __init__(self, ctx: StageContext):
+        self.ctx, self.stage = ctx, ctx.stage
+        stage: GRPOStage = ctx.stage
+        self.model, self.tokenizer = start_model(ctx, stage.from_)
+        self.sampler = sampler_for(self.model, self.tokenizer)
+        self.learner = Learner(self.model, stage.optimizer, stage.steps * stage.mini_batches * stage.epochs)
+        self.reference = clone(self.model) if stage.objective.kl_coef > 0 else None
+        self.preference = self._preference()
+        self.random = Random(ctx.seed)
+        self.sources = [self._source(i, entry) for i, entry in enumerate(stage.mix)]
+        if all(s.first_step > 0 for s in self.sources):
+            raise UserError(f"stage {ctx.name!r}: no entry of its mix is active at the first step; give one start: 0")
+        self.timer = PhaseTimer()
+
+    def _preference(self) -> PreferenceReward | None:
+        if self.stage.reward_model is None:
+            return None
+        return PreferenceReward.load(self.ctx, self.stage.reward_model)
+
+    def _source(self, index: int, entry: MixEntry) -> Source:
+        task = self.ctx.tasks[entry.task]
+        first = round(entry.start * self.stage.steps)
+        share = entry.share / sum(e.share for e in self.stage.mix if e.start <= entry.start)
+        count = round(share * self.stage.prompts_per_step * (self.stage.steps - first)) + self.stage.prompts_per_step
+        if self.stage.dynamic_sampling:
+            count *= self.stage.dynamic_rounds
+        stream = PromptStream(self.ctx, task, self.tokenizer, self.stage.sampling, count, self.ctx.seed + 7 * index)
+        return Source(entry, stream, first)
+
+    # -- draw ---------------------------------------------------------------------------------------------------
+
+    def draw(self, step: int) -> Drawn:
+        """Groups of one step. With dynamic sampling, groups whose rewards are all equal are replaced by fresh ones,
+        at most `dynamic_rounds` times (DAPO section 3.2); what is still missing then is made up of the dropped."""
+        drawn = Drawn()
+        spare: list[RolloutGroup] = []
+        want = self.stage.prompts_per_step
+        while True:
+            fresh = self._sample_and_score(step, want - len(drawn.groups), drawn.rounds)
+            drawn.sampled += fresh
+            drawn.rounds += 1
+            if not self.stage.dynamic_sampling:
+                drawn.groups = fresh
+                return drawn
+            drawn.groups += [g for g in fresh if informative(g)]
+            spare += [g for g in fresh if not informative(g)]
+            if len(drawn.groups) >= want or drawn.rounds >= self.stage.dynamic_rounds:
+                drawn.groups += spare[: want - len(drawn.groups)]
+                return drawn
+
+    def _sample_and_score(self, step: int, count: int, round_: int) -> list[RolloutGroup]:
+        counts = shares(self.sources, step, count)
+        prompts: list[Prompt] = []
+        owner: list[Source] = []
+        for source, number in zip(self.sources, counts, strict=True):
+            prompts += source.stream.take(number)
+            owner += [source] * number
+        seed = (self.ctx.seed * 1_000_003 + step * 101 + round_) % 2**62
+        params = sampling_params(self.stage.sampling, self.stage.group_size, seed)
+        with self.timer("sample"):
+            groups = sample_texts(self.sampler, prompts, params, self.tokenizer)
+        with self.timer("score"):
+            return self._score(groups, owner)
+
+    def _score(self, groups: list[RolloutGroup], owner: list[Source]) -> list[RolloutGroup]:
+        scored: list[RolloutGroup | None] = [None] * len(groups)
+        for source in self.sources:
+            mine = [i for i, o in enumerate(owner) if o is source]
+            if not mine:
+                continue
+            task = self.ctx.tasks[source.entry.task]
+            own = [groups[i] for i in mine]
+            asked = "preference" in source.entry.rewards
+            given = {"preference": self.preference(own)} if asked else None
+            result = score(own, source.entry.rewards, task.verifier, pool=self.ctx.pool, given=given)
+            for i, group in zip(mine, result, strict=True):
+                scored[i] = self._shape(group)
+        return scored
+
+    def _shape(self, group: RolloutGroup) -> RolloutGroup:
+        if self.stage.overlong is None:
+            return group
+        limit, window = self.stage.sampling.max_tokens, self.stage.overlong.window
+        rollouts = []
+        for r in group.rollouts:
+            penalty = overlong_penalty(len(r.tokens), limit, window)
+            rollouts.append(replace(r, reward=r.reward + penalty, rewards={**r.rewards, "overlong": penalty}))
+        return replace(group, rollouts=rollouts)
+
+    # -- learn and report -----------------------------------------------------------------------------------------
+
+    def learn(self, groups: list[RolloutGroup]):
+        stage = self.stage
+        return self.learner.train_policy(
+            groups,
+            stage.objective,
+            reference=self.reference,
+            old_logprobs=stage.old_logprobs,
+            logprob_bound=stage.logprob_bound,
+            mini_batches=stage.mini_batches,
+            epochs=stage.epochs,
+            micro_batch_tokens=stage.micro_batch_tokens,
+            temperature=stage.sampling.temperature,
+            max_tokens=stage.sampling.max_tokens,
+            random=self.random,
+            timer=self.timer,
+        )
+
+    def report(self, step: int, drawn: Drawn, update) -> None:
+        rollouts = [r for g in drawn.sampled for r in g.rollouts]
+        kinds = sorted({kind for r in rollouts for kind in r.rewards})
+        by_kind = {}
+        for kind in kinds:
+            values = [r.rewards[kind] for r in rollouts if kind in r.rewards]
+            by_kind[kind] = sum(values) / len(values)
+        phases = self.timer.take()
+        tokens = sum(len(r.tokens) for r in rollouts)
+        length = tokens / len(rollouts)
+        reward = sum(r.reward for r in rollouts) / len(rollouts)
+        numbers = {
+            "reward": reward,
+            "pass_rate": by_kind.get("accuracy"),
+            "response_length": length,
+            "kl": update.kl,
+            "entropy": update.entropy,
+        }
+        self.ctx.log.event(
+            event="step",
+            stage=self.ctx.name,
+            kind="grpo",
+            step=step,
+            steps=self.stage.steps,
+            phase_seconds=phases,
+            tokens=tokens,
+            tokens_per_second=tokens / max(sum(phases.values()), 1e-9),
+            rewards=by_kind,
+            truncated=sum(r.finish == "length" for r in rollouts) / len(rollouts),
+            errors=sum(bool(r.errors) for r in rollouts),
+            groups_sampled=len(drawn.sampled),
+            groups_trained=sum(informative(g) for g in drawn.groups),
+            sampling_rounds=drawn.rounds,
+            clip_fraction=update.clip_fraction,
+            grad_norm=update.grad_norm,
+            loss=update.loss,
+            learning_rate=update.learning_rate,
+            logprob_difference_mean=update.logprob_difference_mean,
+            logprob_difference_max=update.logprob_difference_max,
+            old_logprobs=update.old_logprobs,
+            **numbers,
+        )
+        self.ctx.progress.update(step, **{k: v for k, v in numbers.items() if v is not None})
+        for group in drawn.sampled[:SAMPLED_LINES]:
+            rollout = group.rollouts[0]
+            self.ctx.log.sample(
+                stage=self.ctx.name,
+                step=step,
+                moment="train",
+                prompt=group.prompt.text,
+                answer=group.prompt.answer,
+                completion=rollout.text,
+                reward=rollout.reward,
+                rewards=dict(rollout.rewards),
+                finish=rollout.finish,
+            )
+
+    def curve(self, step: int) -> None:
+        """A point of the curves, on validation problems: test problems are kept for the stage table."""
+        protocol = self.ctx.recipe.evaluation
+        task = self.ctx.tasks[protocol.task or next(iter(self.ctx.tasks))]
+        problems = task.problems("validation", protocol.curve_limit, SEED)
+        with self.timer("evaluate"):
+            evaluator = Evaluator.of(self.ctx, self.model, self.tokenizer, self.sampler)
+            got = evaluator.measure(task, problems, protocol.sampling, protocol.curve_samples)
+        self.ctx.log.event(
+            **{"event": "curve", "stage": self.ctx.name, "step": step, "k": protocol.curve_samples},
+            **{"pass@1": got.pass_at_1, "cons@k": got.consensus, "length": got.length},
+            format=got.mean("format"),
+            language=got.mean("language"),
+            seconds=self.timer.take().get("evaluate", 0.0),
+        )
+
+    def refresh_reference(self, step: int) -> None:
+        """R1 replaces the reference by the policy every 400 steps, so that KL bounds the pace and not the distance."""
+        every = self.stage.reference_refresh
+        if self.reference is not None and every and step % every == 0:
+            copy_weights(self.model, self.reference)
+
+
+def run(ctx: StageContext) -> StageOutcome:
+    loop = GRPOStageRun(ctx)
+    stage: GRPOStage = ctx.stage
+    ctx.progress.stage(ctx.name, "grpo", stage.steps)
+    if stage.evaluate_every:
+        loop.curve(0)
+    for step in range(1, stage.steps + 1):
+        drawn = loop.draw(step - 1)
+        update = loop.learn(drawn.groups)
+        loop.report(step, drawn, update)
+        loop.refresh_reference(step)
+        if stage.evaluate_every and step % stage.evaluate_every == 0:
+            loop.curve(step)
+    save(loop.model, loop.tokenizer, ctx.directory / "checkpoint")
+    return StageOutcome(
+        stats={"steps": stage.steps, "rollouts_per_step": stage.prompts_per_step * stage.group_size},
+        evaluation=evaluate_stage(ctx, loop.model, loop.tokenizer, stage.steps, loop.sampler),
+        note=f"{stage.steps} steps of {stage.prompts_per_step} prompts x {stage.group_size} samples",
+    )

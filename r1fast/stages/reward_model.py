@@ -1,0 +1,116 @@
+"""A reward model for prompts that no rule can score: Bradley-Terry on preference pairs for helpfulness, logistic on
+single responses for safety (DeepSeek-R1, 'Model rewards'), and the reward `preference` that asks it during RL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from r1fast.learn.learner import Learner
+from r1fast.learn.preference import (
+    pairwise_loss,
+    pairwise_steps,
+    pointwise_loss,
+    pointwise_steps,
+    preference_step,
+    score,
+)
+from r1fast.metrics import PhaseTimer
+from r1fast.model.reward_model import RewardModel
+from r1fast.model.tokenizer import apply_template, encode_completion
+from r1fast.model.weights import load_reward_model, save_reward_model
+from r1fast.rewards.layout import tagged_answer
+from r1fast.stages.context import StageOutcome
+from r1fast.stages.inputs import start_model
+from r1fast.stages.supervised import SupervisedLog
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    from r1fast.schema import RewardModelStage
+    from r1fast.stages.context import StageContext
+    from r1fast.types import Preference, RolloutGroup
+
+HELD_OUT = 200  # pairs of the test split that the finished model is measured on
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a reward model reads a response: the tokens that are scored, the same in training and in use."""
+
+    tokenizer: object
+    part: Literal["answer", "response"]
+
+    def tokens(self, prompt: str, completion: str) -> list[int]:
+        """Prompt through the template, then the final answer (or the whole response), without its end token: padding
+        must not be what is scored. A response without a tagged answer is read whole."""
+        text = completion
+        if self.part == "answer":
+            answer = tagged_answer(completion)
+            text = completion if answer is None else answer
+        return [*apply_template(self.tokenizer, prompt), *encode_completion(self.tokenizer, text)[:-1]]
+
+    def pair(self, preference: Preference) -> tuple[list[int], list[int]]:
+        return (
+            self.tokens(preference.prompt, preference.chosen),
+            self.tokens(preference.prompt, preference.rejected),
+        )
+
+
+class PreferenceReward:
+    """The reward `preference`: sigmoid of the score, so that it weighs like a rule's 0..1."""
+
+    def __init__(self, model: RewardModel, reading: Reading):
+        self._model, self._reading = model, reading
+
+    @classmethod
+    def load(cls, ctx: StageContext, stage: str) -> PreferenceReward:
+        """The reward model that the recipe's stage `stage` trained, frozen."""
+        model, tokenizer = load_reward_model(ctx.artifacts[stage] / "checkpoint", device=ctx.device, dtype=ctx.dtype)
+        model.requires_grad_(False)
+        return cls(model, Reading(tokenizer, ctx.recipe.stages[stage].scores))
+
+    def __call__(self, groups: Sequence[RolloutGroup]) -> list[list[float]]:
+        """Values in (0, 1), [groups][rollouts]."""
+        texts = [self._reading.tokens(g.prompt.text, r.text) for g in groups for r in g.rollouts]
+        values = iter(torch.sigmoid(torch.tensor(score(self._model, texts))).tolist())
+        return [[next(values) for _ in g.rollouts] for g in groups]
+
+
+def accuracy(model: RewardModel, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
+    """Share of pairs whose chosen side scores higher."""
+    scores = score(model, [side for pair in pairs for side in pair])
+    return sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / len(pairs)
+
+
+def run(ctx: StageContext) -> StageOutcome:
+    stage: RewardModelStage = ctx.stage
+    policy, tokenizer = start_model(ctx, stage.from_)
+    model = RewardModel.from_decoder(policy, ctx.seed)
+    reading, task = Reading(tokenizer, stage.scores), ctx.tasks[stage.task]
+    pairs = [reading.pair(p) for p in task.preferences("train", stage.pairs, ctx.seed)]
+    held_out = [reading.pair(p) for p in task.preferences("test", HELD_OUT, ctx.seed)]
+    steps = max(1, math.ceil(stage.epochs * len(pairs) / stage.batch_pairs))
+    how = {"steps": steps, "micro_batch_tokens": stage.micro_batch_tokens, "device": ctx.device, "seed": ctx.seed}
+    if stage.objective == "pairwise":
+        loss, batches = pairwise_loss, pairwise_steps(pairs, batch_pairs=stage.batch_pairs, **how)
+    else:
+        sides, labels = [side for pair in pairs for side in pair], [1.0, 0.0] * len(pairs)
+        loss, batches = pointwise_loss, pointwise_steps(sides, labels, batch_responses=2 * stage.batch_pairs, **how)
+    learner = Learner(model, stage.optimizer, steps)
+    ctx.progress.stage(ctx.name, "reward_model", steps)
+    log, timer = SupervisedLog(ctx, steps), PhaseTimer()
+    for step, batch in enumerate(batches, 1):
+        with timer("learn"):
+            stats, right = preference_step(learner, batch, loss)
+        log.step(step, stats, timer, accuracy=right)
+    save_reward_model(model, tokenizer, ctx.directory / "checkpoint")
+    found = accuracy(model, held_out)
+    return StageOutcome(
+        stats={"pairs": len(pairs), "steps": steps, "held_out_accuracy": found, "held_out_pairs": len(held_out)},
+        note=f"{len(pairs):,} pairs; orders {found:.1%} of {len(held_out)} held-out pairs right",
+    )
