@@ -1,8 +1,4 @@
-"""The decoder against transformers: random small checkpoints of every architecture, rope scaling and head layout.
-
-Tolerance: both sides compute in fp32 in slightly different orders; 1e-5 of the largest logit (about 10) leaves an
-order of magnitude over what is seen (2e-6) and is a thousand times below what the mutations change.
-"""
+"""The decoder against transformers, its packed forward against its paged one, and the object around them."""
 
 from __future__ import annotations
 
@@ -13,104 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+from checkpoints import LAYOUTS, LENGTHS, ROPES, VOCAB, assert_equal, make, packed, their_logits
 
-from r1fast.config import UserError
 from r1fast.model.decoder import Decoder, DecoderConfig, PagedKV, PagedStep, packed_positions
 from r1fast.model.reward_model import RewardModel
 from r1fast.model.weights import clone, copy_weights, load, named_views
-
-VOCAB = 61
-LENGTHS = (7, 1, 22, 13)
-SMALL = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
-
-LAYOUTS = {
-    "llama-mha": ("Llama", {"num_attention_heads": 4}),
-    "llama-gqa-biases": (
-        "Llama",
-        {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
-    ),
-    "llama-mqa-tied-wide-heads": (
-        "Llama",
-        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 20, "tie_word_embeddings": True},
-    ),
-    "qwen2-gqa": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 2}),
-    "qwen2-tied": ("Qwen2", {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "qwen3-gqa": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
-    "qwen3-bias-tied": (
-        "Qwen3",
-        {
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "attention_bias": True,
-            "tie_word_embeddings": True,
-        },
-    ),
-}
-# max_position_embeddings is 64, the original context 16: the sequences of 22 rows reach into what is scaled
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 500.0},
-    "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 500.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    "yarn": {
-        "rope_type": "yarn",
-        "rope_theta": 500.0,
-        "factor": 4.0,
-        "beta_fast": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    "yarn-mscale": {
-        "rope_type": "yarn",
-        "rope_theta": 500.0,
-        "factor": 4.0,
-        "beta_fast": 4.0,
-        "mscale": 0.8,
-        "mscale_all_dim": 0.3,
-        "truncate": False,
-        "original_max_position_embeddings": 16,
-    },
-}
-
-
-def make(folder, family: str, sizes: dict, rope: dict | None = None, seed: int = 0):
-    """A random checkpoint by transformers; every weight drawn, so that biases and norms are not what they start as."""
-    torch.manual_seed(seed)
-    rope = dict(rope or ROPES["default"])
-    config = getattr(transformers, f"{family}Config")(
-        **{**SMALL, "max_position_embeddings": 64, **sizes}, rope_parameters=rope, pad_token_id=0, eos_token_id=1
-    )
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            base = 1.0 if "norm" in name else 0.0
-            parameter.copy_(base + torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.25))
-    theirs.save_pretrained(folder)
-    return theirs
-
-
-def packed(lengths=LENGTHS, seed: int = 1):
-    tokens = torch.randint(0, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    return tokens, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-
-
-def their_logits(theirs, tokens, lengths=LENGTHS):
-    with torch.no_grad():
-        return torch.cat([theirs(part[None]).logits[0] for part in tokens.split(list(lengths))])
-
-
-def assert_equal(actual, expected):
-    scale = float(expected.detach().abs().max())
-    assert scale > 1e-3, "the expected values are about zero: the comparison would prove nothing"
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.fixture(scope="module")
@@ -385,48 +288,3 @@ def test_the_reward_model_scores_the_last_token(qwen3):
     assert copy.deepcopy(reward_model.trunk).head is None
     with pytest.raises(RuntimeError, match="without an output head"):
         reward_model.trunk.logits(hidden)
-
-
-# -- what cannot be read --------------------------------------------------------------------------------------
-
-
-def hf_config(**changes):
-    base = {
-        "model_type": "qwen3",
-        "vocab_size": 10,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 4,
-    }
-    return {**base, **changes}
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"model_type": "mistral"}, "'mistral' is not supported; r1fast reads Llama"),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported"),
-        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "use_sliding_window is on"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention are not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-        ({"num_key_value_heads": 3}, "2 heads cannot share 3"),
-        ({"head_dim": 5}, "head_dim is 5"),
-    ],
-)
-def test_a_configuration_that_would_compute_something_else_is_refused(changes, said):
-    with pytest.raises(UserError, match=said):
-        DecoderConfig.from_hf(hf_config(**changes))
-
-
-def test_a_sliding_window_that_no_layer_uses_is_no_obstacle():
-    """As in Qwen2.5's own configurations: a window is named and switched off, or begins past the last layer."""
-    assert DecoderConfig.from_hf(hf_config(use_sliding_window=False, sliding_window=16, max_window_layers=1))
-    assert DecoderConfig.from_hf(hf_config(use_sliding_window=True, sliding_window=16, max_window_layers=2))

@@ -8,9 +8,10 @@ import os
 import pytest
 import torch
 import transformers
+from checkpoints import LAYOUTS, LENGTHS, ROPES, assert_equal, make, packed, their_logits
 from safetensors.torch import load_file, save_file
-from test_model import LAYOUTS, LENGTHS, ROPES, assert_equal, make, packed, their_logits
 
+import r1fast
 from r1fast.config import UserError
 from r1fast.model import weights
 from r1fast.model.decoder import Decoder, DecoderConfig
@@ -172,6 +173,17 @@ def test_tied_checkpoints_may_carry_their_head(tmp_path):
     tokens, cu_seqlens = packed()
     model, _ = load(tmp_path)
     assert_equal(model.logits(model.forward_packed(tokens, cu_seqlens)), their_logits(theirs, tokens))
+
+
+def test_a_tokenizer_that_the_embedding_cannot_hold_is_refused(tmp_path):
+    make(tmp_path, *LAYOUTS["qwen2-gqa"])
+    build_word_tokenizer([*WORDS, "one-more"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="tokenizer has 62 tokens, its embedding only 61"):
+        load(tmp_path)
+
+
+def test_the_public_names_are_these():
+    assert r1fast.load is load and r1fast.save is save
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_it_lacks(tmp_path):

@@ -56,7 +56,7 @@ class Layer(nn.Module):
     def attention(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         rows = x.shape[0]
         qkv = F.linear(x, self.qkv_proj, self.qkv_bias).view(rows, -1, self.head_dim)
-        q, k, v = qkv.split(self.split, dim=1)
+        q, k, v = qkv.split_with_sizes(self.split, 1)  # `split` is Python: 5 us more
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         q, k = rope(q, k, cos, sin, positions)

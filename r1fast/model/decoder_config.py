@@ -103,7 +103,7 @@ class DecoderConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a config.json, in the spelling that every transformers since 4.51 (Qwen3) reads."""
+        """The content of a config.json, with RoPE in the spelling that transformers before 5 read, and 5 reads."""
         hf: dict[str, Any] = {
             "architectures": [f"{ARCHITECTURES[self.architecture]}ForCausalLM"],
             "model_type": self.architecture,

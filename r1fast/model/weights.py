@@ -52,7 +52,10 @@ def load(
     config = read_config(folder)
     model = Decoder(config, device, resolve_dtype(dtype, device))
     _fill(model, named_views(model), folder, spare=("lm_head.weight",) if config.tie_embeddings else ())
-    return model, load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its embedding only {config.vocab_size}")
+    return model, tokenizer
 
 
 def load_reward_model(
@@ -213,10 +216,7 @@ def save_reward_model(model: RewardModel, tokenizer: PreTrainedTokenizerBase | N
 
 def clone(model: Decoder, trainable: bool = False) -> Decoder:
     """A deep copy of the weights, frozen unless `trainable`: the reference policy, or a student to train on."""
-    twin = copy.deepcopy(model).requires_grad_(trainable)
-    for parameter in twin.parameters():
-        parameter.grad = None
-    return twin
+    return copy.deepcopy(model).requires_grad_(trainable)  # (gradients are not copied along)
 
 
 @torch.no_grad()
