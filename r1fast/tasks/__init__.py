@@ -1,6 +1,6 @@
 """Tasks: generators and dataset adapters. `build` makes one from a recipe's block; each kind registers itself."""
 
-from r1fast.tasks import general, totals
+from r1fast.tasks import general, gsm8k, jsonl, math, totals
 from r1fast.tasks.base import SPLITS, Split, Task, build, kinds, register
 
-__all__ = ["SPLITS", "Split", "Task", "build", "general", "kinds", "register", "totals"]
+__all__ = ["SPLITS", "Split", "Task", "build", "general", "gsm8k", "jsonl", "kinds", "math", "register", "totals"]

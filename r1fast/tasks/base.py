@@ -81,8 +81,8 @@ def kinds() -> list[str]:
 def build(name: str, config: TaskConfig, default_path: str | None = None) -> Task:
     """The task that a recipe's block describes.
 
-    `default_path` is the recipe's `data`, for kinds that read a file and are given none of their own. Reads no
-    file yet: the first `problems` does.
+    `default_path` is the recipe's `data`, for kinds that read a file and are given none of their own. Rows are read
+    and checked here, so that what is wrong with them is said before any work.
     """
     if config.kind not in _KINDS:
         known = ", ".join(kinds())
@@ -106,4 +106,4 @@ def read_options(options: type[Strict], name: str, config: TaskConfig) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["tasks", name, "options", *map(str, first["loc"])])
-        raise UserError(f"{where}: {first['msg']}") from None
+        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
