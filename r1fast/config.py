@@ -46,12 +46,13 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping with `name`, `tasks` and `stages`, not {shown(raw)}")
+    raw = json.loads(json.dumps(raw, default=str))  # an anchor's block becomes as many, so that an override changes one
     named = {block: set(raw.get(block) or ()) for block in ("stages", "tasks") if isinstance(raw.get(block), dict)}
     for text in overrides:
         _apply(raw, text)
     try:
         # JSON's strict mode is the one that takes a list for a tuple but neither "3" nor `yes` for a number.
-        return RecipeConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+        return RecipeConfig.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise UserError(_explain(error, raw, path, list(overrides), named)) from None
 

@@ -165,7 +165,7 @@ class PhaseTimer:
         self._mark = now
 
     def take(self, other: bool = False) -> dict[str, float]:
-        """The seconds since the last take, and starts anew; with `other`, what no phase claimed as a phase of its own."""
+        """The seconds since the last take, then starts anew; `other` adds what no phase claimed as one of its own."""
         self._charge()
         taken, self.seconds = self.seconds, {}
         if other:

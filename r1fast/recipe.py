@@ -1,0 +1,258 @@
+"""Runs a recipe: its stages in order, each once, each leaving a record that a later run can trust and reuse.
+
+    RUN_DIR/config.yaml                  the recipe as it ran, complete
+    RUN_DIR/metrics.jsonl samples.jsonl  the log (metrics.py)
+    RUN_DIR/stages/<name>/               checkpoint/ or rows.jsonl, and stage.json, written last
+    RUN_DIR/summary.json                 all stages and the measured claims (summary.py)
+
+A stage counts as done only when its stage.json is there: it holds the fingerprint of the stage's inputs (graph.py)
+and the size of every file the stage wrote, so a run that was killed anywhere resumes from the last stage that is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r1fast.check import check
+from r1fast.config import UserError, dump_recipe
+from r1fast.graph import dependents, fingerprints, order, stage_seed
+from r1fast.metrics import RunLog, write_atomically
+from r1fast.stages.context import StageContext
+from r1fast.summary import one_line, summarize
+
+if TYPE_CHECKING:
+    from r1fast.schema import RecipeConfig
+    from r1fast.stages.context import Progress, StageOutcome
+    from r1fast.tasks import Task
+
+CONFIG, RECORD, STAGES, SUMMARY = "config.yaml", "stage.json", "stages", "summary.json"
+# All that a run writes: what --fresh removes. A user's own files in the directory are left alone.
+_WRITTEN = (CONFIG, "metrics.jsonl", "samples.jsonl", SUMMARY, "report.html", STAGES)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the stages of one run share."""
+
+    recipe: RecipeConfig
+    out: Path
+    tasks: dict[str, Task]
+    fingerprints: dict[str, str]
+    device: str
+    dtype: str
+    log: RunLog
+    progress: Progress
+    done: dict[str, Path] = field(default_factory=dict)  # directories of the stages that later ones may read
+
+
+def run(
+    recipe: RecipeConfig, out: str | Path, *, progress: Progress, resume: bool = False, fresh: bool = False
+) -> dict[str, Any]:
+    """Runs what is not yet done of `recipe` in directory `out`, and returns (and writes) the summary.
+
+    resume: stages whose inputs are unchanged and whose outputs are there are reused. fresh: what a run left in `out`
+    is removed first. UserError before any work for everything that can be found wrong then, an existing run without
+    either of the two included.
+    """
+    out = Path(out)
+    _may_write(out, resume, fresh)
+    tasks = check(recipe)
+    device, dtype = resolve_device(recipe)
+    prints, names = fingerprints(recipe), order(recipe)
+    if fresh:
+        _remove_run(out)
+    redo = dependents(recipe, {name for name in names if not is_done(out, name, prints[name])})
+    out.mkdir(parents=True, exist_ok=True)
+    # Records go before the log lines do: killed in between, the next run must not take a stage without lines as done.
+    for stale in (SUMMARY, "report.html", *(f"{STAGES}/{name}/{RECORD}" for name in redo)):
+        (out / stale).unlink(missing_ok=True)
+    write_atomically(out / CONFIG, dump_recipe(recipe))
+    with RunLog(out) as log:
+        log.keep_stages(name for name in names if name not in redo)
+        this = _Run(recipe, out, tasks, prints, device, dtype, log, progress)
+        records = {}
+        for name in names:
+            records[name] = _do_stage(this, name) if name in redo else _reuse_stage(this, name)
+            this.done[name] = out / STAGES / name
+        summary = summarize(recipe, [records[name] for name in names], out, log.seconds, device)
+        write_atomically(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return summary
+
+
+# -- the run directory --------------------------------------------------------------------------------------------
+
+
+def _may_write(out: Path, resume: bool, fresh: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name another run directory with --out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / CONFIG).is_file():
+        raise UserError(f"{out} is not empty and not a run (no {CONFIG} in it); name another directory with --out")
+    if not (resume or fresh):
+        raise UserError(
+            f"{out} already holds a run; give --resume to go on with it (finished stages are reused), --fresh to "
+            f"remove it and start again, or another --out"
+        )
+
+
+def _remove_run(out: Path) -> None:
+    for name in _WRITTEN:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_record(out: Path, name: str) -> dict[str, Any] | None:
+    """The stage.json of a finished stage; None where there is none that can be read."""
+    try:
+        record = json.loads((out / STAGES / name / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def is_done(out: Path, name: str, fingerprint: str) -> bool:
+    """Whether the stage was finished with these very inputs and each file it wrote is still there, in its size."""
+    record = read_record(out, name)
+    if record is None or record.get("fingerprint") != fingerprint:
+        return False
+    directory = out / STAGES / name
+    return all(
+        (directory / file).is_file() and (directory / file).stat().st_size == size
+        for file, size in record["outputs"].items()
+    )
+
+
+def finished_stages(out: Path) -> list[str]:
+    """Stages of a run directory that have a record, in the order of its config.yaml."""
+    import yaml
+
+    try:
+        config = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
+    except OSError:
+        return []
+    return [name for name in config["stages"] if read_record(out, name) is not None]
+
+
+# -- stages -------------------------------------------------------------------------------------------------------
+
+
+def _do_stage(this: _Run, name: str) -> dict[str, Any]:
+    """Runs one stage in an empty directory and writes its record."""
+    from r1fast.stages import run_stage
+
+    stage = this.recipe.stages[name]
+    directory = this.out / STAGES / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    seed = stage_seed(this.recipe.seed, name)
+    _seed_everything(seed)
+    context = StageContext(
+        name=name,
+        stage=stage,
+        recipe=this.recipe,
+        directory=directory,
+        seed=seed,
+        device=this.device,
+        dtype=this.dtype,
+        tasks=this.tasks,
+        log=this.log,
+        progress=this.progress,
+        artifacts=dict(this.done),
+    )
+    described = {"stage": name, "kind": stage.kind, "from": getattr(stage, "from_", None)}
+    this.log.event(event="stage", status="started", **described)
+    began = time.perf_counter()
+    try:
+        outcome = run_stage(context)
+    except BaseException as error:  # told in the log, then the caller's affair: nothing is swallowed
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        seconds = time.perf_counter() - began
+        this.log.event(event="stage", status=status, seconds=seconds, error=repr(error), **described)
+        raise
+    record = _record(this, name, outcome, time.perf_counter() - began)
+    write_atomically(directory / RECORD, json.dumps(record, indent=1, ensure_ascii=False, default=_plain) + "\n")
+    this.log.event(event="stage", status="finished", seconds=record["seconds"], **described)
+    this.progress.finish(one_line(record))
+    return read_record(this.out, name)
+
+
+def _record(this: _Run, name: str, outcome: StageOutcome, seconds: float) -> dict[str, Any]:
+    stage, directory = this.recipe.stages[name], this.out / STAGES / name
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        "name": name,
+        "kind": stage.kind,
+        "from": getattr(stage, "from_", None),
+        "fingerprint": this.fingerprints[name],
+        "seed": stage_seed(this.recipe.seed, name),
+        "seconds": seconds,
+        "note": outcome.note,
+        "stats": dict(outcome.stats),
+        "evaluation": None if outcome.evaluation is None else dict(outcome.evaluation),
+        "outputs": {path.relative_to(directory).as_posix(): path.stat().st_size for path in files},
+    }
+
+
+def _reuse_stage(this: _Run, name: str) -> dict[str, Any]:
+    record = read_record(this.out, name)
+    this.log.event(
+        event="stage",
+        stage=name,
+        kind=record["kind"],
+        status="reused",
+        seconds=record["seconds"],
+        **{"from": record["from"]},
+    )
+    this.progress.stage(name, record["kind"], 0)
+    this.progress.finish(f"{one_line(record)} (reused)")
+    return record
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and mapping views, which json does not know."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+# -- the machine --------------------------------------------------------------------------------------------------
+
+
+def resolve_device(recipe: RecipeConfig) -> tuple[str, str]:
+    """(device, dtype) that `auto` means here; UserError where the asked-for one is not there. Sets the threads."""
+    import torch
+
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no CUDA GPU here; use --device cpu or auto")
+    dtype = recipe.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return device, dtype
+
+
+def _seed_everything(seed: int) -> None:
+    """A stage's own randomness is keyed by its seed; this is for the libraries' global generators, so that a stage
+    gives the same result whether the stages before it ran or were reused."""
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,165 @@
+"""What a finished run says of itself: summary.json, the claims it measured, and the table in the terminal."""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r1fast.metrics import read_events
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from r1fast.schema import RecipeConfig
+
+RL_GAIN = 25.0  # points of pass@1 that RL is claimed to add to what it starts from
+
+
+def summarize(
+    recipe: RecipeConfig, records: Sequence[Mapping], out: Path, seconds: float, device: str
+) -> dict[str, Any]:
+    """The content of summary.json. records: the stages' stage.json in order; seconds: of the run, pauses left out."""
+    import torch
+
+    phases, rates = phase_totals(read_events(out))
+    keys = ("name", "kind", "from", "seconds", "note", "stats", "evaluation")
+    return {
+        "recipe": recipe.name,
+        "description": recipe.description,
+        "seed": recipe.seed,
+        "seconds": seconds,
+        "machine": machine(device),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "stages": [{key: record[key] for key in keys} for record in records],
+        "checks": claims(recipe, {record["name"]: record.get("evaluation") for record in records}),
+        "phase_seconds": phases,
+        "tokens_per_second": rates,
+    }
+
+
+def machine(device: str) -> str:
+    """The processor's name: the GPU's, or the CPU's as the system knows it."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()
+
+
+def phase_totals(events: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, float]]:
+    """(seconds by phase over all stages, evaluations included; tokens per second of each phase that steps report:
+    the tokens of the steps that had the phase over its seconds)."""
+    seconds: dict[str, float] = defaultdict(float)
+    tokens: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.get("event") == "step":
+            for phase, spent in (event.get("phase_seconds") or {}).items():
+                seconds[phase] += spent
+                tokens[phase] += event.get("tokens") or 0
+        elif event.get("event") in ("evaluation", "curve"):
+            seconds["evaluate"] += event.get("seconds") or 0.0
+    rates = {phase: tokens[phase] / spent for phase, spent in seconds.items() if tokens[phase] and spent > 0}
+    return dict(seconds), {phase: rate for phase, rate in rates.items() if phase != "other"}
+
+
+# -- claims -------------------------------------------------------------------------------------------------------
+
+
+def claims(recipe: RecipeConfig, evaluations: Mapping[str, Mapping | None]) -> list[dict[str, Any]]:
+    """What the recipe promises, each with the value measured in this run and whether it holds. A claim that does not
+    hold is told like one that does; one whose stages were not evaluated is not made."""
+    scores = {name: e["pass@1"] for name, e in evaluations.items() if e and e.get("pass@1") is not None}
+    found = []
+    for name, stage in recipe.stages.items():
+        if stage.kind == "grpo" and name in scores and stage.from_ in scores:
+            before, after = scores[stage.from_], scores[name]
+            gain = 100 * (after - before)
+            room = "" if 100 * (1 - before) >= RL_GAIN else f", which left no room for {RL_GAIN:.0f}"
+            found.append(
+                _claim(
+                    f"RL adds at least {RL_GAIN:.0f} points of pass@1: {name} {after:.1%} from {stage.from_} "
+                    f"{before:.1%}{room}",
+                    gain,
+                    gain >= RL_GAIN,
+                )
+            )
+    judged = [e for e in evaluations.values() if e and e.get("cons@k") is not None and e.get("pass@1") is not None]
+    if judged:
+        above = sum(e["cons@k"] >= e["pass@1"] for e in judged)
+        k = judged[0].get("k")
+        text = f"cons@{k} is at least pass@1 in most evaluations: in {above} of {len(judged)}"
+        found.append(_claim(text, above / len(judged), above * 2 > len(judged)))
+    for name, stage in recipe.stages.items():
+        if stage.kind != "distill" or name not in scores:
+            continue
+        for other, rival in recipe.stages.items():
+            if rival.kind == "grpo" and rival.from_ == stage.from_ and other in scores:
+                ahead = 100 * (scores[name] - scores[other])
+                text = f"{name} {scores[name]:.1%}, {other} {scores[other]:.1%}"
+                found.append(_claim(f"distilling beats RL alone in the same student: {text}", ahead, ahead > 0))
+    return found
+
+
+def _claim(text: str, value: float, holds: bool) -> dict[str, Any]:
+    return {"claim": text, "value": round(value, 4), "holds": bool(holds)}
+
+
+# -- for the terminal ---------------------------------------------------------------------------------------------
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def one_line(record: Mapping) -> str:
+    """What a stage reached, as half a line: its evaluation, or its note where it has none."""
+    evaluation = record.get("evaluation")
+    if not evaluation:
+        return record.get("note") or ""
+    parts = [f"pass@1 {percent(evaluation['pass@1'])}%", f"cons@{evaluation['k']} {percent(evaluation['cons@k'])}%"]
+    parts += [f"format {percent(evaluation['format'])}%", f"language {percent(evaluation['language'])}%"]
+    return "  ".join([*parts, f"length {evaluation['length']:.0f}"])
+
+
+def table(summary: Mapping) -> RenderableType:
+    """The stage table and the claims, for a rich console."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    evaluations = [stage["evaluation"] for stage in summary["stages"] if stage["evaluation"]]
+    general = list(dict.fromkeys(name for e in evaluations for name in e.get("general") or {}))
+    k = evaluations[0]["k"] if evaluations else 16
+    grid = Table(title=f"{summary['recipe']}, seed {summary['seed']}", title_justify="left")
+    for column in ("stage", "kind", "from"):
+        grid.add_column(column, no_wrap=column == "stage")
+    measures = ("pass@1", "95%", f"cons@{k}", "T=1", "greedy", "format", "language", "length", *general, "s")
+    for column in measures:
+        grid.add_column(column, justify="right", no_wrap=True)
+    for stage in summary["stages"]:
+        row = [stage["name"], stage["kind"], stage["from"] or ""]
+        grid.add_row(*row, *_cells(stage["evaluation"], general), f"{stage['seconds']:.1f}")
+    lines = [
+        Text(f"{'✓' if c['holds'] else '✗'} {c['claim']}", style="green" if c["holds"] else "yellow")
+        for c in summary["checks"]
+    ]
+    return Group(grid, *lines)
+
+
+def _cells(evaluation: Mapping | None, general: Sequence[str]) -> list[str]:
+    if not evaluation:
+        return [""] * (8 + len(general))
+    interval = f"{percent(evaluation['pass@1_low'])}-{percent(evaluation['pass@1_high'])}"
+    shares = [percent(evaluation.get(key)) for key in ("cons@k", "pass@1_t1", "greedy", "format", "language")]
+    others = [percent((evaluation.get("general") or {}).get(name)) for name in general]
+    return [percent(evaluation["pass@1"]), interval, *shares, f"{evaluation['length']:.0f}", *others]
