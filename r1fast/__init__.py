@@ -1,4 +1,4 @@
-"""r1fast: the whole DeepSeek-R1 recipe in one process. The public names load on first use, so that `--help` needs no torch."""
+"""r1fast: the whole DeepSeek-R1 recipe in one process. Public names load on first use: `--help` needs no torch."""
 
 from importlib import import_module
 
