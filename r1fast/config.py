@@ -81,7 +81,7 @@ def dump_recipe(recipe: RecipeConfig) -> str:
 # -- YAML ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the C parser reads a preset in 5 ms instead of 50
     """Safe YAML, with the three traps of YAML 1.1 removed: `3e-6` is a number, dates stay text, a key given twice is an
     error instead of the last one winning."""
 
@@ -287,6 +287,8 @@ def _sentence(error: dict, raw: dict, keys: list) -> str:
         known = known_keys(schema_at(raw, keys[:-1]))
         near = nearest(keys[-1], known)
         return f"unknown key {keys[-1]!r} in {above}{near or '; known are ' + ', '.join(known)}"
+    if kind == "missing" and isinstance(keys[-1], int):  # of a pair
+        return f"{above} needs {keys[-1] + 1} values"
     if kind == "missing":
         return f"{above} needs the key {keys[-1]!r}"
     if kind == "union_tag_not_found":
