@@ -1,0 +1,142 @@
+"""Packing loses, moves and repeats nothing; the weights are the papers' denominators; the plan is tight."""
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from rollouts import sampled_groups, tiny_decoder
+
+from r1fast.learn.packing import (
+    Row,
+    epochs_of,
+    loss_weights,
+    pack,
+    plan,
+    row_from_example,
+    row_lengths,
+    rows_from_groups,
+    supervised_steps,
+    unpack,
+)
+
+
+def random_rows(count: int = 40, seed: int = 0) -> list[Row]:
+    random, rows = Random(seed), []
+    for _ in range(count):
+        prompt, answer = random.randint(1, 30), random.randint(1, 40)
+        tokens = [random.randrange(1000) for _ in range(prompt + answer)]
+        old, ref, weight = ([random.random() for _ in range(answer)] for _ in range(3))
+        rows.append(Row(tokens, prompt, random.gauss(0, 1), old, ref, weight))
+    return rows
+
+
+@pytest.mark.parametrize("budget", [1, 90, 400, 100_000])
+def test_every_row_is_packed_once_and_whole(budget):
+    rows = random_rows()
+    weights = np.random.default_rng(0).random(len(rows))
+    order = plan(row_lengths(rows), budget)
+    batches = pack(rows, weights, budget)
+    assert sorted(i for part in order for i in part) == list(range(len(rows)))
+    for part, batch in zip(order, batches, strict=True):
+        starts = batch.cu_seqlens.tolist()
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert batch.max_seqlen == max(len(rows[i].tokens) - 1 for i in part)
+        for s, i in enumerate(part):
+            row, mine = rows[i], batch.sequence == s
+            piece = slice(starts[s], starts[s + 1])
+            assert batch.tokens[piece].tolist() == list(row.tokens[:-1])
+            assert batch.positions[piece].tolist() == list(range(len(row.tokens) - 1))
+            assert batch.targets[mine].tolist() == list(row.tokens[row.prompt_length :])
+            first = starts[s] + row.prompt_length - 1
+            assert batch.rows[mine].tolist() == list(range(first, first + row.completion_length))
+            expected = {
+                "loss_weight": [weights[i]] * row.completion_length,
+                "old_logprob": row.old_logprobs,
+                "ref_logprob": row.ref_logprobs,
+                "advantage": [row.advantage * c for c in row.correction],
+            }
+            for name, values in expected.items():
+                torch.testing.assert_close(getattr(batch, name)[mine], torch.tensor(values, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("budget", [50, 100, 400])
+def test_plan_keeps_the_budget_and_wastes_little(budget):
+    lengths = row_lengths(random_rows(200))
+    parts = plan(lengths, budget)
+    totals = [sum(lengths[i] for i in part) for part in parts]
+    assert all(total <= budget or len(part) == 1 for total, part in zip(totals, parts, strict=True))
+    assert totals == sorted(totals, reverse=True)
+    assert all([lengths[i] for i in part] == sorted((lengths[i] for i in part), reverse=True) for part in parts)
+    if budget >= 100:
+        assert len(parts) <= np.ceil(sum(lengths) / budget) * 1.05 + 1
+
+
+def test_a_row_over_the_budget_is_alone():
+    assert plan([5, 300, 4], 100) == [[1], [0, 2]]
+
+
+def test_unpack_returns_each_rows_values():
+    rows = random_rows()
+    order = plan(row_lengths(rows), 128)
+    batches = pack(rows, None, 128, order=order)
+    found = unpack([batch.targets * 2.0 for batch in batches], batches, order)
+    for row, values in zip(rows, found, strict=True):
+        assert values.tolist() == [2.0 * t for t in row.tokens[row.prompt_length :]]
+
+
+def test_weights_by_the_papers():
+    rows = [Row([0] * (3 + n), 3) for n in (1, 4, 10, 5)]
+    n = np.array([1, 4, 10, 5])
+    np.testing.assert_allclose(loss_weights(rows, "sequence"), 1 / (4 * n))  # DeepSeekMath eq. 3
+    np.testing.assert_allclose(loss_weights(rows, "token"), np.full(4, 1 / 20))  # DAPO eq. 8
+    np.testing.assert_allclose(loss_weights(rows, "constant", 64), np.full(4, 1 / (64 * 4)))  # Dr. GRPO
+    with pytest.raises(ValueError, match="max_tokens"):
+        loss_weights(rows, "constant")
+    with pytest.raises(ValueError, match="unknown aggregate"):
+        loss_weights(rows, "mean")
+
+
+def test_rows_from_groups_keep_order_and_streams():
+    groups = sampled_groups(tiny_decoder())
+    values = torch.arange(16.0)
+    rows = rows_from_groups(groups, values)
+    assert [row.advantage for row in rows] == values.tolist()
+    flat = [(g, r) for g in groups for r in g.rollouts]
+    for row, (group, rollout) in zip(rows, flat, strict=True):
+        assert row.tokens == [*group.prompt.tokens, *rollout.tokens]
+        assert row.prompt_length == len(group.prompt.tokens)
+        assert row.old_logprobs == rollout.logprobs
+
+
+@pytest.mark.parametrize("row", [Row([1, 2, 3], 0), Row([1, 2, 3], 3)])
+def test_a_row_without_prompt_or_completion_is_refused(row):
+    with pytest.raises(ValueError, match="at least one prompt token and one completion token"):
+        pack([row], None, 100)
+
+
+def test_a_supervised_row_trains_its_completion():
+    (batch,) = pack([row_from_example([7, 8], [9, 10, 11])], np.array([0.5]), 100)
+    assert batch.targets.tolist() == [9, 10, 11]
+    assert batch.tokens.tolist() == [7, 8, 9, 10]
+    assert batch.rows.tolist() == [1, 2, 3]
+    assert batch.old_logprob is None
+    assert batch.ref_logprob is None
+
+
+def test_supervised_steps_see_every_row_once_an_epoch_and_repeat_by_seed():
+    rows = [row_from_example([1], [100 + i]) for i in range(10)]
+
+    def targets(seed: int) -> list[list[int]]:
+        made = supervised_steps(rows, steps=5, batch_examples=4, micro_batch_tokens=100, seed=seed)
+        return [[t - 100 for batch in step for t in batch.targets.tolist()] for step in made]
+
+    first = targets(3)
+    assert first == targets(3)
+    assert first != targets(4)
+    assert [len(step) for step in first] == [4] * 5
+    seen = np.bincount([i for step in first for i in step])
+    assert seen.tolist() == [2] * 10  # two epochs
+    picks = [i for part in epochs_of(10, 5, 4, 0) for i in part]
+    assert sorted(picks[:10]) == sorted(picks[10:]) == list(range(10))
+    assert picks[:10] != picks[10:]
