@@ -89,7 +89,7 @@ class Op:
     bytes: Callable[..., int]  # (*args) -> bytes that must move in the forward, at least
     backends: dict[str, Backend] = field(default_factory=dict)  # besides "reference"
     gradients: tuple[int, ...] = ()  # positions of the arguments that receive a gradient
-    outputs_with_gradient: tuple[int, ...] = (0,)  # positions of the results that send one
+    outputs_with_gradient: tuple[int, ...] = (0,)  # positions of the results that send one, where there are as many
     mutates: tuple[int, ...] = ()  # positions of the arguments written to
     invalid: Callable[[], Iterable[tuple[str, tuple]]] = tuple  # -> (what is wrong, args) that `check` must refuse
     gradient_tolerances: dict[torch.dtype, Tolerance] | None = None  # default: `tolerances`
@@ -201,7 +201,7 @@ class _Differentiable(torch.autograd.Function):
         op, tensors = ctx.op, iter(ctx.saved_tensors)
         saved = tuple(next(tensors) if value is None else value[0] for value in ctx.plain)
         needs = tuple(ctx.needs_input_grad[2 + i] for i in op.gradients)
-        found = ctx.backend.backward(saved, tuple(grads[i] for i in op.outputs_with_gradient), needs)
+        found = ctx.backend.backward(saved, tuple(grads[i] for i in op.outputs_with_gradient if i < len(grads)), needs)
         gradients = [None] * ctx.count
         for position, gradient, needed in zip(op.gradients, found, needs, strict=True):
             gradients[position] = gradient if needed else None

@@ -13,13 +13,99 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1fast_kernels.op import Case, Op, Tolerance, register
 
-def reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Plain torch; F.rms_norm keeps fp32 inside for half-precision input."""
+
+def check(x, weight, eps, residual) -> None:
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight must be [H] for x [..., H], not {list(weight.shape)} for {list(x.shape)}")
+    if not x.is_floating_point() or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"rms_norm: x and weight must be float tensors of one dtype and device, "
+            f"not {x.dtype} on {x.device} and {weight.dtype} on {weight.device}"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(
+            f"rms_norm: residual must be {x.dtype} {list(x.shape)} on {x.device} as x is, "
+            f"not {residual.dtype} {list(residual.shape)} on {residual.device}"
+        )
+    if not eps > 0:
+        raise ValueError(f"rms_norm: eps must be > 0, not {eps}")
+
+
+def reference(x, weight, eps, residual) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain torch. Its fused forward takes 0.4 ms and its backward 4 (15k x 64, one core); a hand-written backward of
+    torch ops took 2.8 there and was no faster at 256 rows, so autograd's stays."""
     if residual is not None:
         x = x + residual
-    y = F.rms_norm(x, weight.shape, weight if weight.dtype == x.dtype else weight.to(x.dtype), eps)
+    if x.element_size() >= 4:
+        y = F.rms_norm(x, weight.shape, weight, eps)
+    else:
+        y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return y if residual is None else (y, x)
+
+
+def _case(size: str, shape: tuple[int, ...], with_residual: bool) -> Case:
+    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3
+        weight = 1 + 0.2 * torch.randn(shape[-1], generator=generator, dtype=torch.float64)
+        residual = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return x.to(device, dtype), weight.to(device, dtype), 1e-6, residual if with_residual else None
+
+    return Case(f"{'x'.join(map(str, shape))}{' residual' if with_residual else ''}", size, make)
+
+
+def cases() -> list[Case]:
+    return [
+        _case("tiny", (5, 64), False),
+        _case("tiny", (5, 64), True),
+        _case("tiny", (7, 4, 16), False),
+        _case("ragged", (33, 100), True),
+        _case("ragged", (3, 5, 257), False),
+        _case("model", (4096, 1536), True),
+        _case("model", (8192, 12, 128), False),
+    ]
+
+
+def invalid() -> list[tuple[str, tuple]]:
+    x, weight = torch.ones(3, 8), torch.ones(8)
+    return [
+        ("a weight of another width", (x, torch.ones(4), 1e-6, None)),
+        ("integer input", (x.long(), weight.long(), 1e-6, None)),
+        ("two dtypes", (x, weight.double(), 1e-6, None)),
+        ("a residual of another shape", (x, weight, 1e-6, torch.ones(2, 8))),
+        ("an eps of zero", (x, weight, 0.0, None)),
+    ]
+
+
+def _bytes(x, weight, eps, residual) -> int:
+    return x.element_size() * (x.numel() * (2 if residual is None else 4) + weight.numel())
+
+
+OP = register(
+    Op(
+        name="rms_norm",
+        check=check,
+        reference=reference,
+        cases=cases,
+        invalid=invalid,
+        gradients=(0, 1, 3),
+        outputs_with_gradient=(0, 1),
+        tolerances={
+            torch.float32: Tolerance(2e-6, 1e-6, "a few float32 roundings, and a mean of up to 2k squares"),
+            torch.bfloat16: Tolerance(2**-7, 2**-8, "the residual sum and y are each rounded to 8 bits"),
+            torch.float16: Tolerance(2**-10, 2**-10, "the residual sum and y are each rounded to 11 bits"),
+        },
+        gradient_tolerances={
+            torch.float32: Tolerance(2e-5, 2e-4, "the weight's gradient sums up to 100k rows of order one"),
+            torch.bfloat16: Tolerance(2**-6, 2**-5, "as forward, and the rounded sum enters every term"),
+            torch.float16: Tolerance(2**-9, 2**-7, "as forward, and the rounded sum enters every term"),
+        },
+        flops=lambda x, *_: 4 * x.numel(),
+        bytes=_bytes,
+    )
+)
 
 
 def rms_norm(
@@ -27,8 +113,8 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise the last dimension of x.
 
-    x: float [..., H]. weight: float [H]. residual: float [..., H], x's shape and dtype, or None.
+    x: float [..., H]. weight: float [H], x's dtype. residual: float [..., H], x's shape and dtype, or None.
     Returns y [..., H] in x's dtype; with a residual, (y, x + residual). Differentiable in all tensors.
-    Raises ValueError on shapes or dtypes that do not fit.
+    Raises ValueError on shapes, dtypes or devices that do not fit, or an eps that is not positive.
     """
-    return reference(x, weight, eps, residual)
+    return OP(x, weight, eps, residual, backend=backend)

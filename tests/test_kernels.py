@@ -82,6 +82,8 @@ def gradients(op: Op, args: tuple, backend: str) -> list[Tensor]:
     found = results(op, tuple(args), backend)
     total = 0.0
     for i in op.outputs_with_gradient:
+        if i >= len(found):  # rms_norm returns its residual sum only where a residual is given
+            continue
         weight = torch.randn(found[i].shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
         total = total + (found[i].double() * weight.to(found[i].device)).sum()
     return list(torch.autograd.grad(total, leaves))

@@ -71,7 +71,7 @@ def main(architecture: int) -> None:
                 if backend.backward is not None:
                     outputs, saved = result
                     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-                    grads = tuple(torch.zeros_like(outputs[i]) for i in op.outputs_with_gradient)
+                    grads = tuple(torch.zeros_like(outputs[i]) for i in op.outputs_with_gradient if i < len(outputs))
                     backend.backward(saved, grads, (True,) * len(op.gradients))
         for (name, _), kernel in seen.items():
             registers, spilled = usage(kernel.asm["ptx"], architecture)
