@@ -38,6 +38,16 @@ STAGES = {
     ),
     "student_rl": ({"kind": "grpo", "from": "student_base"}, 0.050, 0.55, 9.3, 21.5),
 }
+RL = {"steps": 60, "prompts_per_step": 32, "group_size": 8, "reward_model": None}
+RL["mix"] = [{"task": "totals", "start": 0.0, "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.2}}]
+SETTINGS = {
+    "pretrain": {"steps": 7500, "batch_tokens": 256},
+    "grpo": RL,
+    "reject": {"prompts": 600, "samples": 4, "general": [{"stage": None, "task": "general", "limit": 300}]},
+    "sft": {"epochs": 2},
+    "distill": {"epochs": 2},
+    "reward_model": {"pairs": 1500, "epochs": 1},
+}
 RL_STEPS, SUPERVISED_LINES, PROBLEMS, SAMPLES = 60, 90, 256, 16
 PROMPT = "{name} has {a} eggs . mon eats {b} tue buys {c} how many ?"
 RIGHT = "<think> {a} mon - {b} = {m} good {m} tue + {c} = {t} good </think> <answer> {t} </answer>"
@@ -52,7 +62,11 @@ def write_run(directory: Path, *, seed: int = 0, finished: bool = True, completi
     stage says to the first problem instead of the drawn text."""
     random = Random(seed)
     directory.mkdir(parents=True, exist_ok=True)
-    blocks = {name: {**stage[0], "evaluate": stage[1] is not None} for name, stage in STAGES.items()}
+    blocks = {
+        name: {**SETTINGS.get(stage[0]["kind"], {}), **stage[0], "evaluate": stage[1] is not None}
+        for name, stage in STAGES.items()
+    }
+    blocks["all_rl"]["mix"] = [*RL["mix"], {"task": "general", "start": 0.75, "rewards": {"preference": 1.0}}]
     recipe = {
         "name": "tiny",
         "description": "The whole R1 recipe on generated stories, from scratch, on a CPU in minutes.",
@@ -125,7 +139,8 @@ def _reinforce(name: str, events: list, random: Random, before: tuple, after: tu
         score, language, length = (a + (b - a) * rise for a, b in zip(start, after, strict=False))
         if step % 10 == 0:
             curve = {"pass@1": score, "cons@k": min(1.0, score * 1.3 + 0.05), "k": 16, "length": length, "seconds": 0.3}
-            events.append({"event": "curve", "stage": name, "step": step, "format": score, "language": language, **curve})
+            curve |= {"format": min(1.0, score + 0.02), "language": min(1.0, language)}
+            events.append({"event": "curve", "stage": name, "step": step, **curve})
         if step == 0:
             continue
         noisy = max(0.0, min(1.0, score * 0.9 + random.gauss(0, 0.03)))
@@ -178,9 +193,11 @@ def _samples(stage: str, score: float, problems: Random, random: Random, complet
         right = random.random() < score
         form = random.choice([RIGHT, RIGHT, SLIP, CHINESE] if right else [GUESS, OPEN, GUESS])
         said = completion if completion is not None and index == 0 else form.format(**n)
-        rewards = {"accuracy": float(right), "format": float(form not in (GUESS, OPEN)), "language": float(form != CHINESE)}
+        rewards = {"accuracy": float(right), "format": float(form not in (GUESS, OPEN))}
+        rewards["language"] = float(form != CHINESE)
         row = {"stage": stage, "step": 60, "moment": "evaluation", "prompt": PROMPT.format(name="Mia", **n)}
-        yield {**row, "answer": str(n["t"]), "completion": said, "reward": float(right), "rewards": rewards, "finish": "stop"}
+        row |= {"answer": str(n["t"]), "completion": said, "reward": float(right), "rewards": rewards}
+        yield {**row, "finish": "stop"}
     row = {"stage": stage, "step": 60, "moment": "train", "prompt": "of training", "answer": "1", "completion": "x"}
     yield {**row, "reward": 0.0, "rewards": {}, "finish": "stop"}
 
@@ -192,7 +209,7 @@ def _summary(recipe: dict, records: list[dict]) -> dict:
     checks = [
         (f"RL adds at least 25 points of pass@1: zero {score['zero']:.1%} from base {score['base']:.1%}", gain, True),
         ("cons@16 is at least pass@1 in most evaluations: in 9 of 9", 1.0, True),
-        (f"distilling beats RL alone in the same student: distill {score['distill']:.1%}, student_rl 5.0%", ahead, True),
+        ("distilling beats RL alone in the same student: distill 60.5%, student_rl 5.0%", ahead, True),
         ("RL adds at least 25 points of pass@1: student_rl 5.0% from student_base 3.1%", 1.9, False),
     ]
     return {

@@ -17,7 +17,7 @@ from r1fast.report.spread import spread, within
 
 WIDTH, HEIGHT = 360.0, 214.0
 TOP, BOTTOM = 12.0, 24.0
-CHARACTER = 6.3  # width of a character of the 11 px label font, measured; labels decide the margins
+CHARACTER = 6.7  # width of a character of the 11 px label font, measured; labels decide the margins
 MOST_POINTS = 240  # more do not show at 360 px; longer series are averaged in equal runs of steps
 FEWEST_SMOOTHED = 24  # shorter series are drawn as they are
 
@@ -29,7 +29,7 @@ class Line:
     label: str
     xs: Sequence[float]
     ys: Sequence[float | None]
-    color: int  # place in the palette
+    paint: str  # the style that colours it: StageRecord.paint
     dashed: bool = False
     marked: bool = False  # a dot at each point: for the few points of an evaluation
 
@@ -43,9 +43,10 @@ class Panel:
 
     title: str
     unit: str = ""  # beside the title
-    share: bool = False  # 0 to 1, written as percentages, the axis always whole
+    share: bool = False  # written as percentages
+    whole: bool = False  # the axis is 0 to 1, whatever was measured
     log: bool = False
-    smooth: bool = True  # noisy series: the raw line faint, its running mean over it
+    smooth: bool = True  # noisy series: the raw line faint, its trend over it
     zero: bool = True  # the axis includes 0
 
 
@@ -58,15 +59,20 @@ def downsample(points: list[tuple[float, float]], most: int = MOST_POINTS) -> li
     return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
 
 
-def running_mean(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Centred mean over about an eighth of the series; the window shrinks at the ends, so that it lags nowhere."""
-    half = max(1, len(points) // 16)
-    means = []
+def trend(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At each point the least-squares straight line through its neighbours, about an eighth of the series.
+
+    A plain running mean lies beside a steep curve and ends in a hook; a local line does neither (Cleveland 1979).
+    """
+    half = max(2, len(points) // 16)
+    smooth = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        window = [y for _, y in points[i - reach : i + reach + 1]]
-        means.append((x, sum(window) / len(window)))
-    return means
+        near = points[max(0, i - half) : i + half + 1]
+        mean_x, mean_y = (sum(values) / len(near) for values in zip(*near, strict=True))
+        spread_x = sum((a - mean_x) ** 2 for a, _ in near)
+        slope = sum((a - mean_x) * (b - mean_y) for a, b in near) / spread_x if spread_x else 0.0
+        smooth.append((x, mean_y + slope * (x - mean_x)))
+    return smooth
 
 
 def drawable(lines: Sequence[Line]) -> list[Line]:
@@ -113,7 +119,7 @@ def _y_scale(panel: Panel, values: list[float]) -> Scale:
     low, high = HEIGHT - BOTTOM, TOP
     if panel.log:
         return logarithmic(values, low, high)
-    if panel.share:
+    if panel.whole:
         return linear([0.0, 1.0], low, high)
     return linear([*values, 0.0] if panel.zero else values, low, high)
 
@@ -139,10 +145,10 @@ def _series(panel: Panel, lines: list[Line], points: list[list[tuple[float, floa
     parts, ends = [], []
     for line, series in zip(lines, points, strict=True):
         shown = series
-        style = f"--c: var(--s{line.color % 10})"
+        style = line.paint
         if panel.smooth and not line.marked and len(series) >= FEWEST_SMOOTHED:
             parts.append(_polyline(series, x, y, class_="raw", style=style))
-            shown = running_mean(series)
+            shown = trend(series)
         parts.append(
             _polyline(
                 shown,
@@ -161,8 +167,7 @@ def _series(panel: Panel, lines: list[Line], points: list[list[tuple[float, floa
     order = sorted(range(len(lines)), key=lambda i: ends[i])
     places = within(spread([ends[i] for i in order], [12.5] * (len(order) - 1)), TOP, HEIGHT - BOTTOM)
     for i, place in zip(order, places, strict=True):
-        style = f"--c: var(--s{lines[i].color % 10})"
-        parts.append(tag("text", lines[i].label, x=x.end + 7, y=place + 3.8, class_="name", style=style))
+        parts.append(tag("text", lines[i].label, x=x.end + 7, y=place + 3.8, class_="name", style=lines[i].paint))
     return parts
 
 

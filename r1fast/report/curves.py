@@ -12,13 +12,17 @@ REWARD_UNITS = {
     "language": "words in the question's language",
     "preference": "reward model's score, general prompts",
 }
+VALIDATED = (  # key of the curve events, panel
+    ("language", Panel("Language", "share of the question's, validation", share=True, whole=True, smooth=False)),
+    ("format", Panel("Format", "share in both tags, validation", share=True, whole=True, smooth=False)),
+)
 LEARNING = (  # key of the step events, panel
     ("reward", Panel("Reward", "weighted sum of all kinds, mean of a step")),
     ("kl", Panel("KL to the reference", "nats a token")),
     ("entropy", Panel("Entropy", "nats a token")),
-    ("clip_fraction", Panel("Clip fraction", "share of tokens the clip held back")),
+    ("clip_fraction", Panel("Clip fraction", "tokens the clip held back", share=True)),
     ("grad_norm", Panel("Gradient norm", "before clipping")),
-    ("truncated", Panel("Cut off", "share of completions at the token limit")),
+    ("truncated", Panel("Cut off", "completions that met the token limit", share=True)),
 )
 
 
@@ -36,6 +40,7 @@ def sections(run: Run) -> list[tuple[str, str, Html]]:
 
 def _reinforced(stages: list[StageRecord]) -> Html:
     points = [_validation(stage) for stage in stages]
+    points += [_validated(stages, key, panel) for key, panel in VALIDATED]
     parts = []
     if any(points):
         parts += [
@@ -51,7 +56,7 @@ def _reinforced(stages: list[StageRecord]) -> Html:
         tag("h3", "While training"),
         tag(
             "p",
-            "Means over what each step sampled: faint as measured, solid as a running mean. Colours are the stages'.",
+            "Means over what each step sampled: faint as measured, solid as a local trend. Colours are the stages'.",
             class_="how",
         ),
         tag("div", _training(stages), class_="charts"),
@@ -67,18 +72,29 @@ def _validation(stage: StageRecord) -> Html:
     points = [stage.curve[step] for step in steps]
     k = next((int(p["k"]) for p in points if p.get("k")), "k")
     lines = [
-        Line("pass@1", steps, [number(p, "pass@1") for p in points], stage.color, marked=True),
-        Line(f"cons@{k}", steps, [number(p, "cons@k") for p in points], stage.color, dashed=True, marked=True),
+        Line("pass@1", steps, [number(p, "pass@1") for p in points], stage.paint, marked=True),
+        Line(f"cons@{k}", steps, [number(p, "cons@k") for p in points], stage.paint, dashed=True, marked=True),
     ]
-    return line_chart(Panel(stage.name, f"pass@1 and cons@{k}, validation", share=True, smooth=False), lines)
+    return line_chart(
+        Panel(stage.name, f"pass@1 and cons@{k}, validation", share=True, whole=True, smooth=False), lines
+    )
+
+
+def _validated(stages: list[StageRecord], key: str, panel: Panel) -> Html:
+    """One more measure of the validation points, all stages in one chart."""
+    lines = []
+    for stage in stages:
+        steps = sorted(stage.curve)
+        lines.append(Line(stage.name, steps, [number(stage.curve[s], key) for s in steps], stage.paint, marked=True))
+    return line_chart(panel, lines)
 
 
 def _training(stages: list[StageRecord]) -> Html:
     charts = [line_chart(Panel("Response length", "tokens, mean of a step"), _lines(stages, "response_length"))]
     kinds = [kind for stage in stages for event in stage.steps.values() for kind in event.get("rewards") or {}]
     for kind in dict.fromkeys(kinds):
-        share = kind in ("accuracy", "format", "language", "preference")
-        panel = Panel(f"Reward: {kind}", REWARD_UNITS.get(kind, "mean of a step"), share=share)
+        share = kind in REWARD_UNITS
+        panel = Panel(f"Reward: {kind}", REWARD_UNITS.get(kind, "mean of a step"), share=share, whole=share)
         charts.append(line_chart(panel, _lines(stages, f"rewards.{kind}")))
     charts += [line_chart(panel, _lines(stages, key)) for key, panel in LEARNING]
     difference = Panel("Sampler and learner", "log-prob difference a token, nats, mean; log scale", log=True)
@@ -89,7 +105,7 @@ def _training(stages: list[StageRecord]) -> Html:
 
 
 def _lines(stages: list[StageRecord], key: str) -> list[Line]:
-    return [Line(stage.name, *stage.series(key), stage.color) for stage in stages]
+    return [Line(stage.name, *stage.series(key), stage.paint) for stage in stages]
 
 
 def _silent(stages: list[StageRecord]) -> str:
@@ -102,7 +118,7 @@ def _supervised(stages: list[StageRecord]) -> Html:
     charts = []
     for stage in stages:
         unit = {"reward_model": "pairwise loss"}.get(stage.kind, "loss, nats a token")
-        charts.append(line_chart(Panel(stage.name, unit), [Line("loss", *stage.series("loss"), stage.color)]))
-        accuracy = Line("accuracy", *stage.series("accuracy"), stage.color)
-        charts.append(line_chart(Panel(stage.name, "pairs ordered right", share=True), [accuracy]))
+        charts.append(line_chart(Panel(stage.name, unit), [Line("loss", *stage.series("loss"), stage.paint)]))
+        accuracy = Line("accuracy", *stage.series("accuracy"), stage.paint)
+        charts.append(line_chart(Panel(stage.name, "pairs ordered right", share=True, whole=True), [accuracy]))
     return tag("div", charts, class_="charts")

@@ -1,13 +1,12 @@
-"""The recipe as a picture: a box a stage, an arrow for every thing a stage needs, laid out by layers.py.
-
-Drawn twice, along the page for wide screens and down it for narrow ones; the style sheet shows one of the two.
-"""
+"""The recipe as a picture: a box a stage, an arrow for every thing a stage needs, laid out by layers.py from the top
+down, so that it is as readable on a phone as on a desk; beside it what each stage does, from its settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import PurePath
+from typing import Any
 
 from r1fast.graph import Edge
 from r1fast.report.layers import Placed, place
@@ -22,68 +21,52 @@ LINK_WORDS = {
     "reward model": "is rewarded by this model",
     "teacher": "is taught by this model",
 }
-KIND_WORDS = {"grpo": "RL (GRPO)", "sft": "SFT", "reject": "rejection sampling", "reward_model": "reward model"}
+KIND_WORDS = {
+    "pretrain": "pretraining",
+    "grpo": "RL (GRPO)",
+    "sft": "SFT",
+    "distill": "distillation (SFT)",
+    "reject": "rejection sampling",
+    "reward_model": "reward model",
+}
+WIDTH, HEIGHT = 136.0, 56.0  # of a box
+BETWEEN, GAP, BEAD = 30.0, 16.0, 8.0  # layers; neighbours in a layer; an arrow that passes a layer
 MARGIN = 6.0
-
-
-@dataclass(frozen=True, slots=True)
-class Direction:
-    """Sizes in pixels. A box is `width` by `height` either way; the flow goes along x or along y."""
-
-    across: bool  # True: left to right
-    width: float = 132.0
-    height: float = 58.0
-    between: float = 40.0  # from one layer's boxes to the next one's
-    gap: float = 16.0  # between neighbours in a layer
-    bead: float = 8.0
-
-    @property
-    def depth(self) -> float:
-        return self.width if self.across else self.height
-
-    @property
-    def breadth(self) -> float:
-        return self.height if self.across else self.width
-
-    def point(self, flow: float, cross: float) -> tuple[float, float]:
-        return (flow, cross) if self.across else (cross, flow)
-
-
-WIDE = Direction(across=True)
-NARROW = Direction(across=False, width=122.0, between=34.0, gap=10.0)
+CHARACTER = 7.3  # width of a character of the boxes' 12 px monospaced names
 
 
 def picture(run: Run) -> Html:
-    """Both drawings and the legend of the arrows."""
+    """The drawing with the legend of its arrows, and the list of what the stages do."""
     used = {link.kind for link in run.links}
-    legend = [tag("li", _key(kind), LINK_WORDS[kind]) for kind in LINK_WORDS if kind in used]
+    legend = [tag("li", _key(kind), words) for kind, words in LINK_WORDS.items() if kind in used]
+    lines = []
+    for stage in run.stages.values():
+        name = tag("dt", tag("span", stage.name, class_="stage"), style=stage.paint)
+        what = describe(run.config["stages"][stage.name])
+        note = f" {stage.note[:1].upper()}{stage.note[1:]}." if stage.note else ""
+        lines.append(tag("div", name, tag("dd", what, note)))
     return tag(
         "div",
-        tag("div", drawing(run, WIDE, "w"), class_="wide"),
-        tag("div", drawing(run, NARROW, "n"), class_="narrow"),
-        tag("ul", legend, class_="key"),
+        tag("div", drawing(run), tag("ul", legend, class_="key")),
+        tag("dl", lines, class_="does"),
         class_="recipe",
     )
 
 
-def drawing(run: Run, direction: Direction, prefix: str) -> Html:
-    """One SVG. `prefix` keeps the ids of its arrow heads apart from another drawing's on the page."""
+def drawing(run: Run) -> Html:
+    """The SVG. Starts that are no stage (`model`, a folder) get a box too."""
     links = run.links
     names = list(dict.fromkeys([*(k.source for k in links if k.source not in run.stages), *run.stages]))
-    placed = place(
-        names, [(link.source, link.target) for link in links], direction.breadth, direction.bead, direction.gap
-    )
-    reach = max(cross for _, cross in placed.nodes.values()) + direction.breadth / 2
-    reach = max([reach, *(cross + direction.bead for route in placed.routes for _, cross in route)])
-    length = placed.layers * (direction.depth + direction.between) - direction.between
-    width, height = direction.point(length + 2 * MARGIN, reach + 2 * MARGIN)
-    ports = _ports(links, placed, direction)
-    body = [_heads(prefix)]
-    body += [_arrow(link, i, placed, ports, direction, prefix) for i, link in enumerate(links)]
-    body += [_box(run, name, _corner(placed, name, direction), direction) for name in names]
+    placed = place(names, [(k.source, k.target) for k in links], WIDTH, BEAD, GAP)
+    width = max(cross for _, cross in placed.nodes.values()) + WIDTH / 2
+    width = max([width, *(cross + BEAD for route in placed.routes for _, cross in route)]) + 2 * MARGIN
+    height = placed.layers * (HEIGHT + BETWEEN) - BETWEEN + 2 * MARGIN
+    ports = _ports(links, placed)
     return tag(
         "svg",
-        body,
+        _heads(),
+        [_arrow(link, i, placed, ports) for i, link in enumerate(links)],
+        [_box(run, name, placed) for name in names],
         viewBox=f"0 0 {width:.0f} {height:.0f}",
         style=f"max-width: {width:.0f}px",
         role="img",
@@ -92,17 +75,51 @@ def drawing(run: Run, direction: Direction, prefix: str) -> Html:
     )
 
 
-def _start(layer: int, direction: Direction) -> float:
-    return MARGIN + layer * (direction.depth + direction.between)
+def describe(block: Mapping[str, Any]) -> str:
+    """A stage's settings in a line: how much of what, from its block of config.yaml."""
+    parts = [KIND_WORDS.get(block["kind"], block["kind"])]
+    if block["kind"] == "pretrain":
+        parts[0] += " from scratch"
+    elif block.get("from"):
+        parts[0] += f" from {block['from']}"
+    for unit in ("step", "epoch", "pair"):
+        if count := block.get(f"{unit}s"):
+            parts.append(f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s")
+    if block.get("prompts_per_step") and block.get("group_size"):
+        parts.append(f"{block['prompts_per_step']} prompts × {block['group_size']} samples a step")
+    if block["kind"] == "reject" and block.get("prompts") and block.get("samples"):
+        parts.append(f"{block['prompts']:,} prompts × {block['samples']} samples")
+    if block.get("mix"):
+        parts.append("rewards " + "; ".join(_rewards(entry, len(block["mix"]) > 1) for entry in block["mix"]))
+    if sources := [_source(source) for source in block.get("data") or []]:
+        parts.append(f"on {' and '.join(sources)}")
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _corner(placed: Placed, name: str, direction: Direction) -> tuple[float, float]:
-    layer, cross = placed.nodes[name]
-    return direction.point(_start(layer, direction), MARGIN + cross - direction.breadth / 2)
+def _rewards(entry: Mapping[str, Any], several: bool) -> str:
+    kinds = [kind if weight == 1 else f"{weight:g} {kind}" for kind, weight in (entry.get("rewards") or {}).items()]
+    late = f", after {percent(entry['start'], 0)} of the steps" if entry.get("start") else ""
+    return " + ".join(kinds) + (f" on {entry.get('task')}{late}" if several else late)
 
 
-def _ports(links: list[Edge], placed: Placed, direction: Direction) -> dict[tuple[int, bool], float]:
-    """Where on a box's side each arrow leaves (False) or enters (True): spread out, in the order they come from."""
+def _source(source: Mapping[str, Any]) -> str:
+    limit = f"{source['limit']:,} " if source.get("limit") else ""
+    if source.get("stage"):
+        return f"{limit}rows of {source['stage']}"
+    return f"{limit}written rows of {source['task']}" if source.get("task") else f"{limit}rows of a file"
+
+
+# -- the drawing ----------------------------------------------------------------------------------------------------
+
+
+def _top(layer: int) -> float:
+    return MARGIN + layer * (HEIGHT + BETWEEN)
+
+
+def _ports(links: list[Edge], placed: Placed) -> dict[tuple[int, bool], float]:
+    """Where on a box's side each arrow leaves (False) or enters (True): in the order they come from, spread out around
+    the one that comes straight."""
     ports = {}
     for entering in (False, True):
         for name in placed.nodes:
@@ -115,89 +132,82 @@ def _ports(links: list[Edge], placed: Placed, direction: Direction) -> dict[tupl
                 return placed.nodes[links[i].source if entering else links[i].target][1]
 
             mine.sort(key=towards)
-            pitch = min(16.0, 0.7 * direction.breadth / max(1, len(mine)))
+            pitch = min(26.0, 0.7 * WIDTH / max(1, len(mine)))
+            own = placed.nodes[name][1]
+            straight = next((rank for rank, i in enumerate(mine) if abs(towards(i) - own) < 1), (len(mine) - 1) / 2)
             for rank, i in enumerate(mine):
-                offset = (rank - (len(mine) - 1) / 2) * pitch
-                ports[i, entering] = MARGIN + placed.nodes[name][1] + offset
+                ports[i, entering] = MARGIN + own + (rank - straight) * pitch
     return ports
 
 
-def _arrow(link: Edge, index: int, placed: Placed, ports: dict, direction: Direction, prefix: str) -> Html:
-    """A curve through the arrow's beads, along the flow wherever it passes a layer."""
-    source, target = placed.nodes[link.source][0], placed.nodes[link.target][0]
-    stops = [(_start(source, direction) + direction.depth, ports[index, False])]
+def _arrow(link: Edge, index: int, placed: Placed, ports: Mapping[tuple[int, bool], float]) -> Html:
+    """A curve through the arrow's beads, upright wherever it leaves, enters or passes a layer."""
+    stops = [(ports[index, False], _top(placed.nodes[link.source][0]) + HEIGHT)]
     for layer, cross in placed.routes[index]:
-        stops += [
-            (_start(layer, direction), MARGIN + cross),
-            (_start(layer, direction) + direction.depth, MARGIN + cross),
-        ]
-    stops.append((_start(target, direction) - 5, ports[index, True]))
-    path = "M{:.1f},{:.1f}".format(*direction.point(*stops[0]))
-    for (f0, c0), (f1, c1) in pairwise(stops):
-        middle = (f0 + f1) / 2
-        points = [direction.point(middle, c0), direction.point(middle, c1), direction.point(f1, c1)]
-        path += " C" + " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        stops += [(MARGIN + cross, _top(layer)), (MARGIN + cross, _top(layer) + HEIGHT)]
+    stops.append((ports[index, True], _top(placed.nodes[link.target][0]) - 5))
+    path = f"M{stops[0][0]:.1f},{stops[0][1]:.1f}"
+    for (x0, y0), (x1, y1) in pairwise(stops):
+        middle = (y0 + y1) / 2
+        path += f" C{x0:.1f},{middle:.1f} {x1:.1f},{middle:.1f} {x1:.1f},{y1:.1f}"
     name = LINK_CLASSES[link.kind]
     title = tag("title", f"{link.target} {LINK_WORDS[link.kind]}: {link.source}")
-    return tag("path", title, d=path, class_=f"link {name}", marker_end=f"url(#{prefix}-{name})")
+    return tag("path", title, d=path, class_=f"link {name}", marker_end=f"url(#{name}-head)")
 
 
-def _heads(prefix: str) -> Html:
+def _heads() -> Html:
     """One arrow head a kind of link, because a marker does not take its line's colour everywhere."""
+    size = {"viewBox": "0 0 8 8", "refX": 3, "refY": 4, "markerWidth": 8, "markerHeight": 8, "orient": "auto"}
     markers = [
         tag(
             "marker",
             tag("path", d="M0,0 L8,4 L0,8 z", class_=f"head {name}"),
-            id=f"{prefix}-{name}",
-            viewBox="0 0 8 8",
-            refX=3,
-            refY=4,
-            markerWidth=8,
-            markerHeight=8,
+            id=f"{name}-head",
             markerUnits="userSpaceOnUse",
-            orient="auto",
+            **size,
         )
         for name in LINK_CLASSES.values()
     ]
     return tag("defs", markers)
 
 
-def _box(run: Run, name: str, corner: tuple[float, float], direction: Direction) -> Html:
+def _box(run: Run, name: str, placed: Placed) -> Html:
     """Name, kind, and pass@1 as a number and a bar; what has not run yet is pale."""
-    x, y = corner
+    layer, cross = placed.nodes[name]
+    x, y = MARGIN + cross - WIDTH / 2, _top(layer)
     stage = run.stages.get(name)
     kind = "checkpoint" if stage is None else KIND_WORDS.get(stage.kind, stage.kind)
-    color = f"--c: var(--s{stage.color % 10})" if stage else "--c: var(--muted)"
-    room = int((direction.width - 24) / 7.4)
     shown = PurePath(name).name  # a start that is no stage may be a folder
+    room = int((WIDTH - 24) / CHARACTER)
     parts = [
-        tag("rect", x=x, y=y, width=direction.width, height=direction.height, rx=6, class_="box"),
-        tag("rect", x=x, y=y + 6, width=3.5, height=direction.height - 12, rx=1.7, class_="stripe"),
-        tag("text", shown if len(shown) <= room else shown[: room - 1] + "…", x=x + 13, y=y + 21, class_="stage"),
-        tag("text", kind, x=x + 13, y=y + 36, class_="kind"),
+        tag("rect", x=x, y=y, width=WIDTH, height=HEIGHT, rx=6, class_="box"),
+        tag("rect", x=x, y=y + 6, width=3.5, height=HEIGHT - 12, rx=1.7, class_="stripe"),
+        tag("text", shown if len(shown) <= room else shown[: room - 1] + "…", x=x + 13, y=y + 20, class_="stage"),
+        tag("text", kind, x=x + 13, y=y + 34.5, class_="kind"),
     ]
+    bottom = y + HEIGHT - 8
     value = number(stage.evaluation, "pass@1") if stage and stage.evaluation else None
     if value is not None:
-        right, at = x + direction.width - 10, y + direction.height - 9
-        bar = direction.width - 68
+        track = WIDTH - 72
         parts += [
-            tag("rect", x=x + 13, y=at - 4.5, width=bar, height=4, rx=2, class_="track"),
-            tag("rect", x=x + 13, y=at - 4.5, width=max(1.0, bar * value), height=4, rx=2, class_="fill"),
-            tag("text", percent(value), x=right, y=at, class_="value", text_anchor="end"),
+            tag("rect", x=x + 13, y=bottom - 6, width=track, height=4, rx=2, class_="track"),
+            tag("rect", x=x + 13, y=bottom - 6, width=max(1.0, track * value), height=4, rx=2, class_="fill"),
+            tag("text", percent(value), x=x + WIDTH - 10, y=bottom, class_="value", text_anchor="end"),
         ]
-    elif (words := _without_score(stage)) is not None:
-        parts.append(tag("text", words, x=x + 13, y=y + direction.height - 9, class_="kind"))
-    state = "planned" if stage and not stage.done else None
-    return tag("g", tag("title", f"{name} ({kind})"), parts, class_=f"node {state or ''}".strip(), style=color)
+    elif (words := _progress(stage)) is not None:
+        parts.append(tag("text", words, x=x + 13, y=bottom, class_="kind"))
+    state = "node planned" if stage and not stage.done else "node"
+    color = stage.paint if stage else "--c: var(--muted)"
+    return tag("g", tag("title", f"{name} ({kind})"), parts, class_=state, style=color)
 
 
-def _without_score(stage: StageRecord | None) -> str | None:
+def _progress(stage: StageRecord | None) -> str | None:
     """The last line of a box that has no pass@1."""
     if stage is None or stage.done:
         return None
     if stage.status == "started" and stage.steps:
         last = stage.steps[max(stage.steps)]
-        return f"at step {last['step']} of {last['steps']}" if "steps" in last else "started"
+        return f"step {last['step']:,} of {last['steps']:,}" if "steps" in last else "started"
     return "not run yet" if stage.status == "planned" else stage.status
 
 

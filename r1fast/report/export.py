@@ -10,13 +10,13 @@ from statistics import median
 from typing import Any
 
 from r1fast.config import UserError
-from r1fast.report.charts import running_mean
+from r1fast.report.charts import trend
 from r1fast.report.dag import KIND_WORDS
 from r1fast.report.measures import Column, columns
 from r1fast.report.run import Run, StageRecord, load, number
 from r1fast.report.scale import short
 
-COLORS = ("#2b6cd4", "#d2690a", "#14855a", "#b53f97", "#6d6f78", "#0d8a96", "#7a5ad0", "#c23f3a", "#8a6a1f", "#6f8418")
+PALETTE = ("#2b6cd4", "#d2690a", "#14855a", "#b53f97", "#55575f", "#0d8a96", "#7a5ad0", "#c23f3a", "#8a6a1f", "#6f8418")
 
 
 def write_picture(run_dir: Path, path: Path) -> Path:
@@ -61,12 +61,12 @@ def write_picture(run_dir: Path, path: Path) -> Path:
 def _draw_scores(axes: Any, stages: Sequence[StageRecord]) -> None:
     k = next(point.get("k", "k") for stage in stages for point in stage.curve.values())
     for stage in stages:
-        steps = sorted(stage.curve)
+        color, steps = PALETTE[(stage.color or 0) % len(PALETTE)], sorted(stage.curve)
         for key, style, width in (("pass@1", "-", 2.0), ("cons@k", (0, (3, 2)), 1.2)):
             values = [number(stage.curve[step], key) for step in steps]
             known = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None]
             label = stage.name if key == "pass@1" else None
-            axes.plot(*zip(*known, strict=True), ls=style, lw=width, color=COLORS[stage.color % 10], label=label)
+            axes.plot(*zip(*known, strict=True), ls=style, lw=width, color=color, label=label)
     axes.plot([], [], ls=(0, (3, 2)), lw=1.2, color="#6d6f78", label=f"cons@{k}, dashed")
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
@@ -81,9 +81,9 @@ def _draw_lengths(axes: Any, stages: Sequence[StageRecord]) -> None:
         known = [(float(x), y) for x, y in zip(steps, values, strict=True) if y is not None]
         if not known:
             continue
-        color = COLORS[stage.color % 10]
+        color = PALETTE[(stage.color or 0) % len(PALETTE)]
         axes.plot(*zip(*known, strict=True), lw=0.8, alpha=0.3, color=color)
-        axes.plot(*zip(*running_mean(known), strict=True), lw=2.0, color=color)
+        axes.plot(*zip(*trend(known), strict=True), lw=2.0, color=color)
     axes.set_ylim(bottom=0)
     axes.set_title("response length, tokens", loc="left", fontsize=10.5, fontweight="bold")
     _finish(axes)

@@ -16,6 +16,7 @@ from r1fast.report.spread import spread
 
 Item = str | tuple[int, int]  # a node's name, or the bead of edge i in layer l
 SWEEPS = 24
+FIXED = 1e6  # weight of the spine's boxes, which are to lie in one line
 STRAIGHT = 6.0  # how much more a bead wants to be straight than a box wants to be near its neighbours
 
 
@@ -44,7 +45,8 @@ def place(nodes: Sequence[str], edges: Sequence[tuple[str, str]], size: float, b
         beads.append(between)
     neighbours = _neighbours(links)
     columns = _order(columns, links, neighbours)
-    cross = _places(columns, neighbours, size, bead, gap)
+    spine = _spine(nodes, edges, layer)
+    cross = _places(columns, neighbours, spine, size, bead, gap)
     low = min(c - (size if isinstance(i, str) else bead) / 2 for i, c in cross.items())
     cross = {item: c - low for item, c in cross.items()}
     return Placed(
@@ -126,7 +128,18 @@ def _crossings(columns: list[list[Item]], links: Sequence[tuple[Item, Item]]) ->
     )
 
 
-def _places(columns: list[list[Item]], near: Mapping[Item, list[Item]], size: float, bead: float, gap: float):
+def _spine(nodes: Sequence[str], edges: Sequence[tuple[str, str]], layer: Mapping[str, int]) -> set[str]:
+    """The boxes of a longest path: drawn in one straight line, the rest of the picture goes round them."""
+    longest: dict[str, list[str]] = {}
+    for node in sorted(nodes, key=layer.__getitem__):
+        before = [longest[a] for a, b in edges if b == node and layer[a] == layer[node] - 1]
+        longest[node] = [*max(before, key=len, default=[]), node]
+    return set(max(longest.values(), key=len))
+
+
+def _places(
+    columns: list[list[Item]], near: Mapping[Item, list[Item]], spine: set[str], size: float, bead: float, gap: float
+) -> dict[Item, float]:
     """Every item moves towards the mean of its neighbours, layer by layer, until the picture has settled."""
     extent = {item: size if isinstance(item, str) else bead for column in columns for item in column}
     cross = {}
@@ -135,14 +148,25 @@ def _places(columns: list[list[Item]], near: Mapping[Item, list[Item]], size: fl
         for item in column:
             cross[item] = at + extent[item] / 2
             at += extent[item] + gap
-    for _ in range(60):
+    routes: dict[int, list[Item]] = defaultdict(list)
+    for item in cross:
+        if isinstance(item, tuple):
+            routes[item[0]].append(item)
+
+    def wish(item: Item, settled: bool) -> tuple[float, float]:
+        """(where to, how strongly): the spine to 0, late beads to their route's outermost, all else to the mean."""
+        if item in spine:
+            return 0.0, FIXED
+        if settled and isinstance(item, tuple):
+            return max((cross[bead] for bead in routes[item[0]]), key=abs), STRAIGHT
+        pulls = [STRAIGHT if isinstance(n, tuple) and isinstance(item, tuple) else 1.0 for n in near[item]]
+        total = sum(p * cross[n] for p, n in zip(pulls, near[item], strict=True))
+        return (total / sum(pulls), max(1.0, sum(pulls))) if pulls else (cross[item], 1.0)
+
+    for sweep in range(SWEEPS * 2):
         for column in columns:
-            desired, weights = [], []
-            for item in column:
-                pulls = [STRAIGHT if isinstance(n, tuple) and isinstance(item, tuple) else 1.0 for n in near[item]]
-                total = sum(p * cross[n] for p, n in zip(pulls, near[item], strict=True))
-                desired.append(total / sum(pulls) if pulls else cross[item])
-                weights.append(max(1.0, sum(pulls)))
+            wishes = [wish(item, sweep >= SWEEPS) for item in column]
             gaps = [(extent[a] + extent[b]) / 2 + gap for a, b in pairwise(column)]
-            cross.update(zip(column, spread(desired, gaps, weights), strict=True))
+            places = spread([to for to, _ in wishes], gaps, [weight for _, weight in wishes])
+            cross.update(zip(column, places, strict=True))
     return cross

@@ -20,6 +20,7 @@ from r1fast.config import UserError
 from r1fast.graph import Edge
 from r1fast.metrics import EVENTS, SAMPLES, read_rows
 
+COLORS = 10  # of page.css and export.py
 SUPERVISED = ("pretrain", "sft", "distill", "reward_model")  # kinds whose curve is a loss
 
 
@@ -30,13 +31,18 @@ class StageRecord:
     name: str
     kind: str
     start: str | None  # the stage, or "model", whose weights it starts from; None: from scratch
-    color: int  # its place in the palette, the same everywhere
+    color: int | None  # its place in the palette, the same everywhere; None: a kind that draws no line
     status: str = "planned"  # | "started" | "finished" | "reused"
     seconds: float | None = None  # wall clock, evaluation included
     evaluation: Mapping[str, Any] | None = None
     note: str = ""
     steps: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # step -> event; a repeated step's last one
     curve: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # step -> validation point
+
+    @property
+    def paint(self) -> str:
+        """The style that gives an element this stage's colour, as `--c`."""
+        return "--c: var(--none)" if self.color is None else f"--c: var(--s{self.color % COLORS})"
 
     @property
     def done(self) -> bool:
@@ -147,13 +153,14 @@ def load(directory: Path) -> Run:
 
 def _stages(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, StageRecord]:
     """Records in the recipe's order; the first colours, the most distinct ones, go to the RL stages."""
-    by_color = sorted(blocks, key=lambda name: blocks[name]["kind"] != "grpo")
+    drawn = [name for name, block in blocks.items() if block["kind"] in ("grpo", *SUPERVISED)]
+    drawn.sort(key=lambda name: blocks[name]["kind"] != "grpo")
     return {
         name: StageRecord(
             name=name,
             kind=block["kind"],
             start=None if block["kind"] == "pretrain" else block.get("from", "model"),
-            color=by_color.index(name),
+            color=drawn.index(name) if name in drawn else None,
         )
         for name, block in blocks.items()
     }

@@ -12,6 +12,7 @@ from r1fast.report.run import Run, StageRecord, number
 from r1fast.report.scale import duration, percent, short
 
 PHASES = ("sample", "score", "logprob", "learn", "evaluate", "other")
+RATED = ("sample", "learn")  # phases whose tokens a second are worth a column
 PHASE_WORDS = {
     "sample": "sampling",
     "score": "scoring",
@@ -26,7 +27,7 @@ def stage_table(run: Run) -> Html:
     """A row a stage in the recipe's order; a stage without an evaluation says what it made instead."""
     stages = list(run.stages.values())
     shown = columns(stages)
-    head = [tag("th", "stage"), tag("th", "kind", class_="left"), tag("th", "from", class_="left")]
+    head = [tag("th", "stage")]
     head += [tag("th", column.title, title=column.why) for column in shown]
     rows = [_row(stage, shown) for stage in stages]
     table = tag("table", tag("thead", tag("tr", head)), tag("tbody", rows))
@@ -35,9 +36,7 @@ def stage_table(run: Run) -> Html:
 
 def _row(stage: StageRecord, shown: list[Column]) -> Html:
     cells = [
-        tag("td", tag("span", stage.name, class_="stage"), style=f"--c: var(--s{stage.color % 10})"),
-        tag("td", KIND_WORDS.get(stage.kind, stage.kind), class_="left"),
-        tag("td", tag("code", stage.start) if stage.start else "scratch", class_="left"),
+        tag("td", tag("span", stage.name, class_="stage"), tag("small", _what(stage), class_="kind"), style=stage.paint)
     ]
     measured = [column for column in shown if column.key != "seconds"]
     if stage.evaluation:
@@ -49,6 +48,11 @@ def _row(stage: StageRecord, shown: list[Column]) -> Html:
     return tag("tr", cells, data_stage=stage.name)
 
 
+def _what(stage: StageRecord) -> str:
+    kind = KIND_WORDS.get(stage.kind, stage.kind).removesuffix(" sampling").removesuffix(" (SFT)")
+    return f"{kind} from {stage.start}" if stage.start else kind
+
+
 def _cell(stage: StageRecord, column: Column) -> Html:
     value = column.read(stage)
     if value is None:
@@ -57,21 +61,21 @@ def _cell(stage: StageRecord, column: Column) -> Html:
     if column.key == "pass@1":
         low, high = (number(stage.evaluation, f"pass@1_{end}") for end in ("low", "high"))
         if low is not None and high is not None:
-            content += [" ", tag("small", f"{100 * low:.1f}–{100 * high:.1f}"), _interval(low, high, stage.color)]
+            content += [" ", tag("small", f"{100 * low:.1f}–{100 * high:.1f}"), _interval(low, high, stage.paint)]
         return tag("td", content, class_="headline", data_value=repr(value), data_key=column.key)
     return tag("td", content, data_value=repr(value), data_key=column.key)
 
 
-def _interval(low: float, high: float, color: int) -> Html:
+def _interval(low: float, high: float, paint: str) -> Html:
     """The 95% interval on a line from 0 to 1."""
     return tag(
         "svg",
         tag("title", f"95% interval {percent(low)} to {percent(high)}"),
-        tag("rect", x=0, y=6, width=96, height=2, rx=1, class_="track"),
-        tag("line", x1=1.5 + 93 * low, x2=max(1.5 + 93 * high, 2 + 93 * low), y1=7, y2=7, class_="whisker"),
-        viewBox="0 0 96 14",
+        tag("rect", x=0, y=6, width=64, height=2, rx=1, class_="track"),
+        tag("line", x1=1.5 + 61 * low, x2=1.5 + 61 * max(high, low + 0.01), y1=7, y2=7, class_="whisker"),
+        viewBox="0 0 64 14",
         class_="interval",
-        style=f"--c: var(--s{color % 10})",
+        style=paint,
     )
 
 
@@ -91,56 +95,45 @@ def phase_seconds(stage: StageRecord) -> dict[str, float]:
 
 
 def time_section(run: Run) -> Html:
-    """A stacked bar a stage, all on one scale, and the tokens a second of the phases."""
+    """A stacked bar a stage, all on one scale, with its seconds and the tokens a second of sampling and learning."""
     spent = {stage.name: phase_seconds(stage) for stage in run.stages.values()}
     totals = {name: sum(seconds.values()) for name, seconds in spent.items()}
     longest = max(totals.values(), default=0.0)
     if longest <= 0:
         return tag("p", "No stage has reported any time yet.", class_="empty")
-    bars = []
+    rows = []
     for name, seconds in spent.items():
-        if totals[name] <= 0:
-            continue
-        pieces = [
-            tag("i", style=f"width: {100 * s / longest:.2f}%; --p: var(--p-{phase})", title=f"{phase}: {duration(s)}")
-            for phase, s in seconds.items()
-            if s > 0
-        ]
-        spoken = ", ".join(f"{phase} {duration(s)}" for phase, s in seconds.items() if s > 0)
-        bars += [
-            tag("code", name),
-            tag("div", pieces, class_="bar", role="img", aria_label=f"{name}: {spoken}"),
-            tag("span", duration(totals[name]), class_="total"),
-        ]
+        if totals[name] > 0:
+            rates = [_rate(run.stages[name], phase) for phase in RATED]
+            rows.append(_time_row(tag("code", name), _bar(name, seconds, longest), totals[name], rates))
     whole = {phase: sum(seconds[phase] for seconds in spent.values()) for phase in PHASES}
+    total_rates: Mapping[str, Any] = (run.summary or {}).get("tokens_per_second") or {}
+    rows.append(_time_row(tag("b", "all"), None, sum(whole.values()), [number(total_rates, p) for p in RATED]))
+    head = tag("tr", [tag("th", h) for h in ("stage", "", "time", "sampled tokens/s", "learned tokens/s")])
+    table = tag("table", tag("thead", head), tag("tbody", rows), class_="times")
     key = [_phase(phase, s) for phase, s in whole.items() if s > 0]
-    parts = [tag("ul", key, class_="phases"), tag("div", bars, class_="times")]
-    if rates := _rates(run):
-        parts += [tag("h3", "Tokens a second"), rates]
-    return tag("div", parts)
+    return tag("div", tag("ul", key, class_="phases"), tag("div", table, class_="scroll"))
+
+
+def _time_row(name: Html, bar: Html | None, seconds: float, rates: list[float | None]) -> Html:
+    cells = [tag("td", short(rate) if rate else "–") for rate in rates]
+    return tag("tr", tag("td", name), tag("td", bar), tag("td", duration(seconds)), cells)
+
+
+def _bar(name: str, seconds: Mapping[str, float], longest: float) -> Html:
+    pieces = [
+        tag("i", style=f"width: {100 * s / longest:.2f}%; --p: var(--p-{phase})", title=f"{phase}: {duration(s)}")
+        for phase, s in seconds.items()
+        if s > 0
+    ]
+    spoken = ", ".join(f"{phase} {duration(s)}" for phase, s in seconds.items() if s > 0)
+    return tag("div", pieces, class_="bar", role="img", aria_label=f"{name}: {spoken}")
 
 
 def _phase(phase: str, seconds: float) -> Html:
     """A line of the legend: colour, meaning, seconds of the whole run."""
     name = tag("span", PHASE_WORDS[phase], class_="swatch")
     return tag("li", name, " ", tag("b", duration(seconds)), style=f"--p: var(--p-{phase})")
-
-
-def _rates(run: Run) -> Html | None:
-    """Tokens a second by phase: per stage from its steps, and the run's own numbers where it has finished."""
-    rows, phases = [], ("sample", "learn")
-    for stage in run.stages.values():
-        rates = [_rate(stage, phase) for phase in phases]
-        if any(rates):
-            rows.append([tag("code", stage.name), *rates])
-    whole: Mapping[str, Any] = (run.summary or {}).get("tokens_per_second") or {}
-    if any(number(whole, phase) for phase in phases):
-        rows.append([tag("b", "whole run"), *(number(whole, phase) for phase in phases)])
-    if not rows:
-        return None
-    head = tag("tr", tag("th", "stage"), tag("th", "sampling"), tag("th", "learning"))
-    body = [tag("tr", tag("td", name), [tag("td", short(r) if r else "–") for r in rates]) for name, *rates in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="rates"), class_="scroll")
 
 
 def _rate(stage: StageRecord, phase: str) -> float | None:

@@ -72,7 +72,7 @@ def _card(stage: StageRecord, row: Mapping[str, Any]) -> Html:
         tag("p", colored(row["completion"]), tag("span", " …cut off", class_="cut") if cut else None, class_="said"),
         tag("footer", tag("span", "reward ", tag("b", short(row["reward"]))) if "reward" in row else None, by_kind),
         class_="card",
-        style=f"--c: var(--s{stage.color % 10})",
+        style=stage.paint,
     )
 
 
