@@ -99,7 +99,7 @@ def forward_and_backward(op: Op, args: tuple, backend: str):
     def run():
         result = op(*args, backend=backend)
         result = (result,) if isinstance(result, torch.Tensor) else result
-        torch.autograd.grad(sum(result[i].sum() for i in op.outputs_with_gradient), leaves)
+        torch.autograd.grad(sum(result[i].sum() for i in op.outputs_with_gradient if i < len(result)), leaves)
         settle()
 
     return run
