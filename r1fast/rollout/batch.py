@@ -1,0 +1,178 @@
+"""The running sequences as arrays, so that a step of decoding costs a handful of vector operations and no Python loop.
+
+Row r of every array is one running sequence; rows 0..size-1 are in use and are packed together again when sequences
+leave. What is drawn lies in a store of its own, which does not move: `store[r]` names the row's place there. The arrays
+are numpy's and the tensors given to the model are views of the same memory, so on a CPU nothing is copied; on a GPU a
+step copies these few kilobytes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from r1fast.model.paged import PagedStep
+from r1fast.rollout.scheduler import Prefill
+from r1fast.rollout.scheduler import Sequence as Running
+
+_INT64 = (
+    "length",  # tokens in the cache; the position of `token`
+    "slot",  # where the cache takes `token`: block * block_size + offset
+    "token",  # drawn last, not in the cache yet
+    "capacity",  # tokens that the row's blocks hold
+    "drawn",  # tokens drawn so far
+    "limit",  # tokens to draw at most
+    "store",  # row of the store
+    "stop_set",  # row of `stops`
+    "seed",
+    "key",  # names the sequence to the noise
+)
+_INT32 = ("context", "top_k")  # context: length + 1, what the attention of the next step sees
+_FLOAT32 = ("temperature", "top_p")
+
+
+class RunningBatch:
+    """Room for `rows` sequences of at most `width` blocks that draw at most `longest` tokens each."""
+
+    def __init__(self, rows: int, width: int, longest: int, block_size: int):
+        self.rows, self.width, self.longest, self.block_size = rows, width, longest, block_size
+        # Fields of one type are the rows of one array: packing takes four operations instead of fifteen.
+        self._packed = [
+            np.zeros((len(_INT64), rows), np.int64),
+            np.zeros((len(_INT32), rows), np.int32),
+            np.zeros((len(_FLOAT32), rows), np.float32),
+        ]
+        self._table = np.full((rows, width), -1, np.int32)
+        fields = zip((_INT64, _INT32, _FLOAT32), self._packed, strict=True)
+        self._arrays = {name: array[i] for names, array in fields for i, name in enumerate(names)}
+        self._tensors = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+        self._table_tensor = torch.from_numpy(self._table)
+        self._tokens = np.empty((rows, longest), np.int64)
+        self._logprobs = np.empty((rows, longest), np.float32)
+        self.begin(np.zeros((1, 1), bool), torch.device("cpu"))
+
+    def begin(self, stops: NDArray[np.bool_], device: torch.device) -> None:
+        """Empty the batch for a new call. stops [sets, V]: which tokens end a sequence of each stop set."""
+        self.stops, self.device = stops, device
+        self.sequences: list[Running] = []
+        self._places = list(range(self.rows))  # free rows of the store
+        self._resized()
+
+    @property
+    def size(self) -> int:
+        return len(self.sequences)
+
+    def _resized(self) -> None:
+        """New views of the rows in use, once for all the steps until the next sequence comes or goes."""
+        size = len(self.sequences)
+        self._view = {name: array[:size] for name, array in self._arrays.items()}
+        self._tensor = {name: tensor[:size] for name, tensor in self._tensors.items()}
+        self._narrow()
+
+    def _narrow(self) -> None:
+        """Of the table only the columns that some row uses: the attention reads no more."""
+        columns = int(self._view["capacity"].max(initial=0)) // self.block_size
+        self._step_table = self._table_tensor[: self.size, :columns]
+
+    # -- sequences come and go -----------------------------------------------------------------------------------
+
+    def append(self, prefill: Prefill, draw: dict[str, int | float]) -> None:
+        """Rows for the launched sequences of a prefill, in order; the token after it is still to be drawn.
+
+        `draw`: the request's limit, stop_set, seed, key (of its first sample), temperature, top_k and top_p.
+        """
+        first, stop = self.size, self.size + len(prefill.sequences)
+        rows, length, block = slice(first, stop), len(prefill.tokens), self.block_size
+        arrays = self._arrays
+        for name, value in draw.items():
+            arrays[name][rows] = value
+        arrays["key"][rows] += [sequence.sample for sequence in prefill.sequences]
+        arrays["length"][rows] = length
+        arrays["context"][rows] = length + 1
+        tables = np.array([sequence.table for sequence in prefill.sequences], np.int32)
+        self._table[rows, : tables.shape[1]] = tables
+        self._table[rows, tables.shape[1] :] = -1
+        arrays["capacity"][rows] = tables.shape[1] * block
+        arrays["slot"][rows] = tables[:, length // block].astype(np.int64) * block + length % block
+        for row, sequence in enumerate(prefill.sequences, first):
+            place, drawn = self._places.pop(), len(sequence.tokens)
+            arrays["store"][row], arrays["drawn"][row] = place, drawn
+            self._tokens[place, :drawn] = sequence.tokens
+            self._logprobs[place, :drawn] = sequence.logprobs
+        self.sequences.extend(prefill.sequences)
+        self._resized()
+
+    def output(self, row: int) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities that the row has drawn."""
+        place, drawn = self._arrays["store"][row], self._arrays["drawn"][row]
+        return self._tokens[place, :drawn].tolist(), self._logprobs[place, :drawn].tolist()
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Take rows out and pack the others, in their order."""
+        keep = np.ones(self.size, bool)
+        keep[rows] = False
+        keep = keep.nonzero()[0]
+        self._places.extend(self._arrays["store"][rows].tolist())
+        for array in self._packed:
+            array[:, : len(keep)] = array[:, keep]
+        self._table[: len(keep)] = self._table[keep]
+        self.sequences = [self.sequences[row] for row in keep.tolist()]
+        self._resized()
+
+    # -- one step of decoding ------------------------------------------------------------------------------------
+
+    def full(self) -> list[int]:
+        """Rows without room for their next token."""
+        view = self._view
+        return (view["length"] == view["capacity"]).nonzero()[0].tolist()
+
+    def extend(self, rows: Sequence[int]) -> None:
+        """Take over the new last block of these rows' sequences."""
+        arrays, block = self._arrays, self.block_size
+        columns = arrays["capacity"][rows] // block
+        blocks = np.array([self.sequences[row].table[-1] for row in rows], np.int64)
+        self._table[rows, columns] = blocks
+        arrays["slot"][rows] = blocks * block
+        arrays["capacity"][rows] += block
+        self._narrow()
+
+    def step(self) -> PagedStep:
+        """One token of every row, for the decoder."""
+        tensor = self._tensor
+        inputs = (tensor["token"], tensor["length"], tensor["slot"], self._step_table, tensor["context"])
+        return PagedStep(*self._on_device(inputs))
+
+    def advance(self) -> None:
+        """The step's keys and values are in the cache."""
+        int64, int32, _ = self._packed
+        int64[:2, : self.size] += 1  # length and slot
+        int32[:1, : self.size] += 1  # context
+
+    def noise(self, first: int) -> Iterator[torch.Tensor]:
+        """seed, sequence, position, temperature, top_k, top_p of the rows from `first` on, for `sample_token`."""
+        tensor = self._tensor
+        names = ("seed", "key", "length", "temperature", "top_k", "top_p")
+        return self._on_device(tensor[name][first:] if first else tensor[name] for name in names)
+
+    def record(self, first: int, tokens: NDArray[np.int64], logprobs: NDArray[np.float32]) -> list[int]:
+        """Store what the rows from `first` on have drawn; returns those rows that are finished by it."""
+        view = self._view if not first else {name: array[first:] for name, array in self._view.items()}
+        store, drawn = view["store"], view["drawn"]
+        self._tokens[store, drawn] = tokens
+        self._logprobs[store, drawn] = logprobs
+        view["token"][:] = tokens
+        drawn += 1
+        stopped = self.stops[view["stop_set"], tokens] if len(self.stops) > 1 else self.stops[0][tokens]
+        return ((stopped | (drawn == view["limit"])).nonzero()[0] + first).tolist()
+
+    def stopped(self, row: int) -> bool:
+        """Whether the last token drawn by the row is one of its stop tokens."""
+        return bool(self.stops[self._arrays["stop_set"][row], self._arrays["token"][row]])
+
+    def _on_device(self, tensors) -> Iterator[torch.Tensor]:
+        if self.device.type == "cpu":
+            return iter(tensors)
+        return (tensor.to(self.device) for tensor in tensors)

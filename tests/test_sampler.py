@@ -1,0 +1,459 @@
+"""The sampler against transformers, against a dense forward, against exact probabilities, and against itself:
+whatever else is in the batch, however small the pool or the chunks, a request's tokens stay the same."""
+
+import random
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoints import LAYOUTS, VOCAB, make
+
+from r1fast.config import UserError
+from r1fast.model.decoder import Decoder, DecoderConfig
+from r1fast.model.weights import load
+from r1fast.rollout.sampler import Sampler, SamplingParams
+from r1fast.types import Prompt
+
+VOCABULARY = 53
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights whose head is wide enough that distributions are neither flat nor a point."""
+    config = DecoderConfig(VOCABULARY, 32, 48, layers=2, heads=4, kv_heads=2, head_dim=8, max_positions=128)
+    model = Decoder(config).initialize(0)
+    with torch.no_grad():
+        model.head.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def make_prompts(count, seed=0, shortest=1, longest=40):
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCABULARY) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
+
+
+def tokens_of(groups):
+    return [[rollout.tokens for rollout in group.rollouts] for group in groups]
+
+
+def assert_logprobs_close(groups, others, atol=1e-5):
+    for group, other in zip(groups, others, strict=True):
+        for a, b in zip(group.rollouts, other.rollouts, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=atol)
+
+
+def dense_logits(model, prompt, tokens):
+    """Logits that each of `tokens` was drawn from, [len(tokens), V], by one packed forward without any cache."""
+    row = torch.tensor([*prompt, *tokens])
+    with torch.no_grad():
+        hidden = model.forward_packed(row, torch.tensor([0, len(row)], dtype=torch.int32))
+        return model.logits(hidden[len(prompt) - 1 : -1])
+
+
+def assert_pool_empty(sampler):
+    sampler._pool.check([])
+    assert sampler._pool.free == sampler._pool.blocks
+
+
+# -- against transformers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["llama-gqa-biases", "qwen2-tied", "qwen3-gqa"])
+def test_greedy_is_generate_token_by_token(layout, tmp_path):
+    reference = make(tmp_path, *LAYOUTS[layout])
+    reference.generation_config.eos_token_id = None
+    model, _ = load(tmp_path)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in (1, 2, 15, 16, 17, 31, 33, 40)]
+
+    def generate(prompt, eos):
+        out = reference.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+            max_new_tokens=24, eos_token_id=eos, pad_token_id=0,
+        )  # fmt: skip
+        return out[0, len(prompt) :].tolist()
+
+    free = [generate(prompt, None) for prompt in prompts]
+    holders = [sum(token in answer for answer in free) for token in range(VOCAB)]
+    eos = [max((token for token in range(VOCAB) if 0 < holders[token] < len(free)), key=holders.__getitem__)]
+    expected = [generate(prompt, eos) for prompt in prompts]
+    params = SamplingParams(max_tokens=24, temperature=0)
+    for ids, answers in ((None, free), (eos, expected)):
+        groups = Sampler(model, eos_token_id=ids, max_seqs=5, block_size=16).sample(prompts, params)
+        assert tokens_of(groups) == [[answer] for answer in answers]
+        for group, answer in zip(groups, answers, strict=True):
+            stops = ids is not None and answer[-1] in ids
+            assert group.rollouts[0].finish == ("stop" if stops else "length")
+    lengths = [len(answer) for answer in expected]
+    assert min(lengths) < 24 == max(lengths)
+
+
+# -- log-probabilities and distributions ---------------------------------------------------------------------------
+
+
+def test_logprobs_are_those_of_a_dense_forward(model):
+    prompts = make_prompts(9)
+    params = SamplingParams(n=3, max_tokens=30, temperature=0.7, seed=5)
+    groups = Sampler(model, eos_token_id=4, block_size=8).sample(prompts, params)
+    worst = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert len({tuple(rollout.tokens) for rollout in group.rollouts}) > 1
+        for rollout in group.rollouts:
+            logp = torch.log_softmax(dense_logits(model, prompt, rollout.tokens) / 0.7, -1)
+            expected = logp.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+            assert len(rollout.logprobs) == len(rollout.tokens)
+            worst = max(worst, (expected - torch.tensor(rollout.logprobs)).abs().max().item())
+            assert rollout.finish == ("stop" if rollout.tokens[-1] == 4 else "length")
+            assert 4 not in rollout.tokens[:-1]
+    assert worst < 1e-4
+
+
+def test_greedy_logprobs_are_untempered(model):
+    (group,) = Sampler(model).sample([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0))
+    (rollout,) = group.rollouts
+    logp = torch.log_softmax(dense_logits(model, [1, 2, 3], rollout.tokens), -1)
+    torch.testing.assert_close(torch.tensor(rollout.logprobs), logp.max(-1).values, rtol=0, atol=1e-4)
+    assert rollout.tokens == logp.argmax(-1).tolist()
+
+
+TRUNCATIONS = [
+    dict(), dict(temperature=0.6), dict(temperature=1.5), dict(top_k=5), dict(top_p=0.9),
+    dict(temperature=0.8, top_k=9, top_p=0.9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", TRUNCATIONS, ids=str)
+def test_draws_follow_the_exact_distribution(model, settings):
+    """Chi-square of first and second tokens (given the likeliest first) over 12,000 samples, and their log-probs."""
+    params = SamplingParams(n=12_000, max_tokens=2, seed=11, **settings)
+    (group,) = Sampler(model, max_seqs=4096).sample([[7, 3, 9, 9, 1]], params)
+    firsts = torch.tensor([rollout.tokens[0] for rollout in group.rollouts])
+    common = int(firsts.bincount().argmax())
+    logits = dense_logits(model, [7, 3, 9, 9, 1], [common, 0])
+    for step in (0, 1):
+        rollouts = [r for r in group.rollouts if step == 0 or r.tokens[0] == common]
+        exact = exact_distribution(logits[step].double(), params)
+        drawn = torch.tensor([rollout.tokens[step] for rollout in rollouts])
+        count = drawn.bincount(minlength=VOCABULARY).double()
+        assert (count[exact == 0] == 0).all()
+        expected = exact * len(rollouts)
+        big = expected >= 5
+        statistic = ((count - expected) ** 2 / expected)[big].sum() + (
+            (count[~big].sum() - expected[~big].sum()) ** 2 / expected[~big].sum().clamp(min=1)
+        )
+        freedom = int(big.sum())
+        assert freedom >= 3
+        assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 8  # about one in 10^5 for a right sampler
+        logprobs = torch.tensor([rollout.logprobs[step] for rollout in rollouts]).double()
+        torch.testing.assert_close(logprobs, exact[drawn].log(), rtol=0, atol=1e-4)
+
+
+def exact_distribution(logits, params):
+    p = torch.softmax(logits / params.temperature, -1)
+    order = p.argsort(descending=True)
+    ranked = p[order]
+    if params.top_k:
+        ranked[params.top_k :] = 0
+    if params.top_p < 1:
+        ranked = ranked / ranked.sum()
+        ranked[ranked.cumsum(0) - ranked >= params.top_p] = 0
+    return torch.zeros_like(p).scatter(0, order, ranked / ranked.sum())
+
+
+# -- the same tokens whatever happens around them -------------------------------------------------------------------
+
+
+def test_alone_or_in_a_crowd(model):
+    prompts = make_prompts(24, seed=2)
+    params = [SamplingParams(n=1 + i % 4, max_tokens=5 + i, temperature=0.5 + i / 20, seed=i) for i in range(24)]
+    crowd = Sampler(model, eos_token_id=[4, 6], max_seqs=13, block_size=4).sample(prompts, params)
+    alone = [Sampler(model, eos_token_id=[4, 6]).sample([p], q)[0] for p, q in zip(prompts, params, strict=True)]
+    assert tokens_of(crowd) == tokens_of(alone)
+    assert_logprobs_close(crowd, alone)
+    assert [len(group.rollouts) for group in crowd] == [one.n for one in params]
+
+
+def test_preempted_or_not(model):
+    prompts = make_prompts(12, seed=4, longest=20)
+    params = SamplingParams(n=3, max_tokens=40, seed=1)
+    roomy, tight = Sampler(model, block_size=4), Sampler(model, block_size=4, kv_blocks=40)
+    expected, groups = roomy.sample(prompts, params), tight.sample(prompts, params)
+    assert roomy.preemptions == 0 < tight.preemptions
+    assert tokens_of(groups) == tokens_of(expected)
+    assert_logprobs_close(groups, expected)
+    assert_pool_empty(tight)
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 64])
+def test_chunked_or_whole(model, prefill_tokens):
+    prompts = make_prompts(7, seed=5, shortest=20, longest=60)
+    params = SamplingParams(n=2, max_tokens=9, seed=2)
+    expected = Sampler(model).sample(prompts, params)
+    groups = Sampler(model, prefill_tokens=prefill_tokens).sample(prompts, params)
+    assert tokens_of(groups) == tokens_of(expected)
+    assert_logprobs_close(groups, expected)
+
+
+def test_shared_or_unshared_prompt(model):
+    """A group's samples are those of the same prompt decoded on its own, teacher-forced through a cache of its own."""
+    prompt = make_prompts(1, seed=6, shortest=21, longest=21)[0]
+    sampler = Sampler(model, block_size=8)
+    (group,) = sampler.sample([prompt], SamplingParams(n=6, max_tokens=12, seed=3))
+    forwarded = []
+    original = model.forward_paged
+
+    def counting(step, kv):
+        forwarded.append(len(step.tokens))
+        return original(step, kv)
+
+    model.forward_paged = counting
+    try:
+        again = sampler.sample([prompt], SamplingParams(n=6, max_tokens=12, seed=3))
+        singles = Sampler(model, block_size=8, max_seqs=1).sample([prompt], SamplingParams(n=6, max_tokens=12, seed=3))
+    finally:
+        del model.forward_paged
+    assert forwarded[:12] == [21] + [6] * 11
+    assert tokens_of([group]) == tokens_of(again) == tokens_of(singles)
+    assert len({tuple(rollout.tokens) for rollout in group.rollouts}) == 6
+    assert_logprobs_close(again, singles)
+
+
+def test_equal_prompts_draw_differently_and_seeds_matter(model):
+    sampler, params = Sampler(model), SamplingParams(n=2, max_tokens=12)
+    groups = sampler.sample([[1, 2, 3]] * 3, params)
+    drawn = {tuple(rollout.tokens) for group in groups for rollout in group.rollouts}
+    assert len(drawn) == 6
+    assert tokens_of(groups) == tokens_of(sampler.sample([[1, 2, 3]] * 3, params))
+    assert tokens_of(groups) != tokens_of(sampler.sample([[1, 2, 3]] * 3, replace(params, seed=1)))
+
+
+def test_soak_of_random_requests_ends_with_every_block_free(model):
+    rng = random.Random(7)
+    sampler = Sampler(model, eos_token_id=4, max_seqs=24, kv_blocks=60, block_size=4, prefill_tokens=50)
+    preempted = 0
+    for call in range(6):
+        prompts = make_prompts(40, seed=call, longest=30)
+        params = [
+            SamplingParams(
+                n=rng.randint(1, 5), max_tokens=rng.randint(1, 40), temperature=rng.choice([0, 0.7, 1.0, 1.3]),
+                top_p=rng.choice([1.0, 0.9]), top_k=rng.choice([0, 8]), seed=rng.randrange(-9, 9),
+                stop_token_ids=rng.choice([(), (5,), (6, 7)]),
+            )
+            for _ in prompts
+        ]  # fmt: skip
+        cancelled = call % 3 == 2
+        for count, (index, group) in enumerate(sampler.stream(prompts, params)):
+            one = params[index]
+            assert len(group.rollouts) == one.n
+            for rollout in group.rollouts:
+                stops = {4, *one.stop_token_ids}
+                assert rollout.finish == ("stop" if rollout.tokens[-1] in stops else "length")
+                assert not stops & set(rollout.tokens[:-1])
+                assert len(rollout.tokens) == one.max_tokens or rollout.finish == "stop"
+            if cancelled and count == 10:
+                break
+        preempted += sampler.preemptions
+        assert_pool_empty(sampler)
+    assert preempted > 0
+
+
+# -- what the calls promise -------------------------------------------------------------------------------------------
+
+
+def test_groups_come_out_as_they_finish_and_go_back_in_order(model):
+    prompts, params = [[1, 2], [3, 4], [5, 6]], [SamplingParams(max_tokens=n) for n in (20, 3, 9)]
+    sampler, seen = Sampler(model), []
+    groups = sampler.sample(prompts, params, on_group=lambda index, group: seen.append((index, group)))
+    assert [index for index, _ in seen] == [1, 2, 0]
+    assert [groups[index] for index, _ in seen] == [group for _, group in seen]
+    assert [len(group.rollouts[0].tokens) for group in groups] == [20, 3, 9]
+    assert [list(group.prompt.tokens) for group in groups] == prompts
+    steps = [index for index, _ in sampler.stream(prompts, params)]
+    assert steps == [1, 2, 0]
+
+
+def test_prompt_objects_and_weights_version_are_kept(model):
+    prompt = Prompt("gsm-1", (1, 2, 3), "what?", 7, "gsm8k", {"language": "en"})
+    sampler = Sampler(model)
+    (before,) = sampler.sample([prompt], SamplingParams(max_tokens=6, temperature=0))
+    assert before.prompt is prompt
+    weights = model.head.detach().clone()
+    try:
+        with torch.no_grad():
+            model.head.copy_(weights.roll(1, 0))
+        model.bump_version()
+        (after,) = sampler.sample([prompt], SamplingParams(max_tokens=6, temperature=0))
+    finally:
+        with torch.no_grad():
+            model.head.copy_(weights)
+    assert after.weights_version == before.weights_version + 1
+    assert after.rollouts[0].tokens != before.rollouts[0].tokens
+    assert after.rollouts[0].tokens[0] == (before.rollouts[0].tokens[0] + 1) % VOCABULARY
+
+
+def test_weights_must_not_change_in_the_middle(model):
+    sampler = Sampler(model)
+    stream = sampler.stream([[1], [2]], [SamplingParams(max_tokens=1), SamplingParams(max_tokens=9)])
+    next(stream)
+    model.bump_version()
+    with pytest.raises(RuntimeError, match="weights changed"):
+        next(stream)
+    assert_pool_empty(sampler)
+
+
+def test_the_context_ends_a_completion(model):
+    sampler = Sampler(model)
+    prompt = make_prompts(1, shortest=120, longest=120)[0]
+    (group,) = sampler.sample([prompt], SamplingParams(n=2, max_tokens=50))
+    assert [(len(r.tokens), r.finish) for r in group.rollouts] == [(8, "length")] * 2
+
+
+def test_stop_tokens_of_one_request_leave_the_others_alone(model):
+    base = SamplingParams(max_tokens=12, seed=4)
+    sampler = Sampler(model)
+    first, other = sampler.sample([[1, 2], [3]], base)
+    free = first.rollouts[0]
+    stop = free.tokens[4]
+    stopped, same = sampler.sample([[1, 2], [3]], [replace(base, stop_token_ids=(stop,)), base])
+    assert stopped.rollouts[0].tokens == free.tokens[: free.tokens.index(stop) + 1]
+    assert stopped.rollouts[0].finish == "stop"
+    assert tokens_of([same]) == tokens_of([other])
+    assert_logprobs_close([same], [other])
+
+
+def test_tokens_stream_as_they_are_drawn(model):
+    sampler, params = Sampler(model, eos_token_id=4), SamplingParams(max_tokens=20, seed=9)
+    (group,) = sampler.sample([[1, 2, 3]], params)
+    stream = sampler.stream_tokens([1, 2, 3], params)
+    first = next(stream)
+    assert sampler._batch.output(0)[0] == [first]  # nothing more has been drawn yet
+    assert [first, *stream] == group.rollouts[0].tokens
+    with pytest.raises(UserError, match="n=1"):
+        sampler.stream_tokens([1], SamplingParams(n=2))
+
+
+def test_an_interrupt_leaves_the_pool_clean_and_the_sampler_usable(model):
+    sampler, params = Sampler(model, block_size=4), SamplingParams(n=3, max_tokens=12)
+    expected = sampler.sample([[1, 2, 3], [4]], params)
+    original, calls = model.forward_paged, []
+
+    def interrupted(step, kv):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(step, kv)
+
+    model.forward_paged = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sampler.sample([[1, 2, 3], [4]], params)
+    finally:
+        del model.forward_paged
+    assert_pool_empty(sampler)
+    assert tokens_of(sampler.sample([[1, 2, 3], [4]], params)) == tokens_of(expected)
+
+
+def test_one_call_at_a_time(model):
+    sampler = Sampler(model)
+    stream = sampler.stream([[1], [2]], [SamplingParams(max_tokens=1), SamplingParams(max_tokens=9)])
+    next(stream)
+    with pytest.raises(RuntimeError, match="middle of another call"):
+        sampler.sample([[1]], SamplingParams(max_tokens=1))
+    stream.close()
+    assert_pool_empty(sampler)
+    sampler.sample([[1]], SamplingParams(max_tokens=1))
+
+
+def test_buffers_are_kept_between_calls(model):
+    sampler = Sampler(model)
+    sampler.sample(make_prompts(4), SamplingParams(n=4, max_tokens=30))
+    keys, batch = sampler._kv.keys.data_ptr(), sampler._batch
+    sampler.sample(make_prompts(3, seed=1), SamplingParams(n=2, max_tokens=10))
+    assert sampler._kv.keys.data_ptr() == keys and sampler._batch is batch
+
+
+def test_weights_that_are_not_finite_are_named_and_leave_nothing_behind(model):
+    sampler, params = Sampler(model), SamplingParams(max_tokens=4, temperature=0)
+    expected = sampler.sample([[1, 2]], params)
+    weights = model.embedding.detach().clone()
+    try:
+        with torch.no_grad():
+            model.embedding.fill_(torch.nan)
+        with pytest.raises(RuntimeError, match="not finite"):
+            sampler.sample([[1, 2]], params)
+    finally:
+        with torch.no_grad():
+            model.embedding.copy_(weights)
+    assert tokens_of(sampler.sample([[1, 2]], params)) == tokens_of(expected)
+
+
+def test_freed_memory_is_kept(model):
+    """Page faults of buffers that are freed and allocated again, in a process of its own, after a sampler was made."""
+    code = """
+import resource, torch
+from r1fast.rollout.heap import keep_freed_memory
+if keep_freed_memory():
+    def step():
+        buffers = [torch.ones(size << 18) for size in (1, 6, 3, 20)]
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    first = [step() for _ in range(3)][-1]
+    assert [step() for _ in range(20)][-1] - first < 200  # one fresh megabyte is 256 faults
+"""
+    assert hasattr(resource, "getrusage")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+GOOD = SamplingParams(max_tokens=4)
+BAD = [
+    ([[1], []], GOOD, "prompt 1: it has no tokens"),
+    ([[1], [2, 53]], GOOD, "prompt 1: token 53 is outside the vocabulary of 53"),
+    ([[-1]], GOOD, "prompt 0: token -1 is outside"),
+    ([[1], [1] * 128], GOOD, "prompt 1: its 128 tokens leave no room .* context of 128"),
+    (
+        [[1], [1] * 100],
+        replace(GOOD, max_tokens=28),
+        "prompt 1: 100 tokens and 28 to draw need 8 blocks .* kv_blocks=7",
+    ),
+    ([[1]], replace(GOOD, max_tokens=0), "prompt 0: max_tokens is 0, it must be at least 1"),
+    ([[1]], replace(GOOD, n=0), "prompt 0: n is 0"),
+    ([[1]], replace(GOOD, top_p=0.0), "prompt 0: top_p is 0.0, it must be above 0"),
+    ([[1]], replace(GOOD, top_p=1.01), "prompt 0: top_p is 1.01"),
+    ([[1]], replace(GOOD, temperature=-0.5), "prompt 0: temperature is -0.5"),
+    ([[1]], replace(GOOD, temperature=float("nan")), "prompt 0: temperature is nan"),
+    ([[1]], replace(GOOD, top_k=-1), "prompt 0: top_k is -1"),
+    ([[1]], replace(GOOD, seed=1 << 63), "prompt 0: seed 9223372036854775808 does not fit"),
+    ([[1], [2]], [GOOD, replace(GOOD, stop_token_ids=(99,))], "prompt 1: stop_token_ids: token 99 is outside"),
+    ([], GOOD, "list of prompts is empty"),
+    ([[1], [2]], [GOOD], "1 sampling params for 2 prompts"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "params", "message"), BAD, ids=[message for *_, message in BAD])
+def test_bad_requests_are_refused_by_name_before_any_work(model, prompts, params, message):
+    sampler = Sampler(model, kv_blocks=7, block_size=16)
+    with pytest.raises(UserError, match=message):
+        sampler.sample(prompts, params)
+    with pytest.raises(UserError, match=message):
+        sampler.stream(prompts, params)  # already when it is asked for, not at the first group
+    assert sampler._pool is None
+    sampler.sample([[1]], GOOD)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(eos_token_id=53), "eos_token_id: token 53 is outside"),
+        (dict(max_seqs=0), "max_seqs is 0"),
+        (dict(kv_blocks=0), "kv_blocks is 0"),
+        (dict(block_size=0), "block_size is 0"),
+        (dict(prefill_tokens=0), "prefill_tokens is 0"),
+    ],
+)
+def test_bad_samplers_are_refused(model, options, message):
+    with pytest.raises(UserError, match=message):
+        Sampler(model, **options)
