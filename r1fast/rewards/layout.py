@@ -11,6 +11,7 @@ import re
 THINK, THINK_END, ANSWER, ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 LONGEST_ANSWER = 500  # characters; a longer answer is not read (the longest of MATH-500 has 53)
+_BOXES = 8  # boxes from the end that are looked at; 140,000 open ones fit in a megabyte
 
 _BRACE = re.compile(r"(?<!\\)[{}]")
 # The colon may be full-width; spaces around it are few, so that the pattern cannot run over a long blank stretch.
@@ -59,9 +60,11 @@ def well_formed(completion: str) -> bool:
 
 
 def boxed(text: str) -> str | None:
-    """The inside of the last closed `\\boxed{...}`, braces matched; None where there is none."""
+    """The inside of the last closed `\\boxed{...}`, braces matched; None where none of the last few is closed."""
     end = len(text)
-    while (start := text.rfind(r"\boxed{", 0, end)) >= 0:
+    for _ in range(_BOXES):
+        if (start := text.rfind(r"\boxed{", 0, end)) < 0:
+            break
         opened = start + len(r"\boxed{")
         depth = 1
         for brace in _BRACE.finditer(text, opened, min(len(text), opened + LONGEST_ANSWER)):

@@ -32,7 +32,10 @@ def candidate(completion: str) -> str | None:
     inside = boxed(region)
     if inside is None and region is after:
         inside = boxed(completion)
-    return inside if inside is not None else (region[-LONGEST_ANSWER:].strip() or None)
+    if inside is not None:
+        return inside
+    # A box left open is no mark for math-verify, which would look for its end at every other one.
+    return region[-LONGEST_ANSWER:].replace(r"\boxed{", " ").strip() or None
 
 
 def _parsed(text: str) -> list:
