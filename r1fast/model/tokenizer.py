@@ -110,34 +110,58 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     tokenizer.chat_template = template
 
 
-def template_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The prompt as text: what the user said in the chat template, up to where the assistant begins."""
+def template_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """The prompts as text: what the user said in the chat template, up to where the assistant begins."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; set model.template to paper")
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    talks = [[{"role": "user", "content": text}] for text in texts]
+    return tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=False) if talks else []
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """`template_texts` of one."""
+    return template_texts(tokenizer, [text])[0]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False).input_ids if texts else []
+
+
+def apply_templates(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """The prompts as tokens: those of `tokenizer.apply_chat_template(..., add_generation_prompt=True)`.
+
+    Many at once, because a call costs as much as encoding ten short rows."""
+    return [tuple(tokens) for tokens in _encode(tokenizer, template_texts(tokenizer, texts))]
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The prompt as tokens: those of `tokenizer.apply_chat_template(..., add_generation_prompt=True)`."""
-    return tuple(tokenizer.encode(template_text(tokenizer, text), add_special_tokens=False))
+    """`apply_templates` of one."""
+    return apply_templates(tokenizer, [text])[0]
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What the model should say after `apply_template`: tokens of `text` and the end-of-sequence token.
+def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """What the model should say after `apply_templates`: tokens of each text and the end-of-sequence token.
 
     Encoded behind the end of the prompt, because sentence-piece tokenizers treat the beginning of a text differently
-    from its middle; `text` gets the boundary's space (see the module) unless it begins with white space itself.
+    from its middle; a text gets the boundary's space (see the module) unless it begins with white space itself.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, so a completion could never end")
     anchor, before, separator = _boundary(tokenizer, tokenizer.chat_template)
-    if text[:1].isspace():
-        separator = ""
-    whole = tokenizer.encode(anchor + separator + text, add_special_tokens=False)
-    if tuple(whole[: len(before)]) != before:  # a merge across the boundary: sampling could never produce it
-        return [*tokenizer.encode(separator + text, add_special_tokens=False), tokenizer.eos_token_id]
-    return [*whole[len(before) :], tokenizer.eos_token_id]
+    spaced = [text if text[:1].isspace() else separator + text for text in texts]
+    found = []
+    for text, whole in zip(spaced, _encode(tokenizer, [anchor + text for text in spaced]), strict=True):
+        if tuple(whole[: len(before)]) == before:
+            tokens = whole[len(before) :]
+        else:  # a merge across the boundary: sampling could never produce it
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+        found.append([*tokens, tokenizer.eos_token_id])
+    return found
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """`encode_completions` of one."""
+    return encode_completions(tokenizer, [text])[0]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 from r1fast.config import UserError
 from r1fast.learn.packing import Row, row_from_example
-from r1fast.model.tokenizer import apply_template, decode, encode_completion, eos_token_ids, set_template
+from r1fast.model.tokenizer import apply_templates, decode, encode_completions, eos_token_ids, set_template
 from r1fast.model.weights import load
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.types import Example, Problem, Prompt, RolloutGroup
@@ -46,17 +47,6 @@ def start_model(ctx: StageContext, source: str) -> tuple[Decoder, PreTrainedToke
     return model, tokenizer
 
 
-def encode_problem(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    return Prompt(
-        id=problem.id,
-        tokens=tuple(apply_template(tokenizer, problem.text)),
-        text=problem.text,
-        answer=problem.answer,
-        task=problem.task,
-        meta=problem.meta,
-    )
-
-
 def encode_problems(
     problems: list[Problem], tokenizer: PreTrainedTokenizerBase, max_length: int, sampling: SamplingConfig
 ) -> list[Prompt]:
@@ -64,7 +54,11 @@ def encode_problems(
 
     Raises UserError naming the first that does not: a silently dropped prompt would change what is measured."""
     room = max_length - sampling.max_tokens
-    prompts = [encode_problem(problem, tokenizer) for problem in problems]
+    encoded = apply_templates(tokenizer, [problem.text for problem in problems])
+    prompts = [
+        Prompt(id=p.id, tokens=tokens, text=p.text, answer=p.answer, task=p.task, meta=p.meta)
+        for p, tokens in zip(problems, encoded, strict=True)
+    ]
     for prompt in prompts:
         if len(prompt.tokens) > room:
             raise UserError(
@@ -177,16 +171,17 @@ def collect_examples(ctx: StageContext, sources: list[DataSource], seed: int) ->
     return collected
 
 
+def encode_rows(examples: list[Example], tokenizer) -> list[Row]:
+    prompts = apply_templates(tokenizer, [e.prompt for e in examples])
+    completions = encode_completions(tokenizer, [e.completion for e in examples])
+    return [row_from_example(p, c) for p, c in zip(prompts, completions, strict=True)]
+
+
 def encode_examples(ctx: StageContext, examples: list[Example], tokenizer) -> tuple[list[Row], int]:
     """Rows for the packer and how many were left out because they exceed model.max_length (truncating would teach
     completions without an end)."""
-    rows: list[Row] = []
     longest = ctx.recipe.model.max_length
-    for example in examples:
-        prompt = apply_template(tokenizer, example.prompt)
-        completion = encode_completion(tokenizer, example.completion)
-        if len(prompt) + len(completion) <= longest:
-            rows.append(row_from_example(prompt, completion))
+    rows = [row for row in encode_rows(examples, tokenizer) if len(row.tokens) <= longest]
     if not rows:
         raise UserError(
             f"stage {ctx.name!r}: all {len(examples)} rows are longer than model.max_length {longest}; raise it"
@@ -194,8 +189,7 @@ def encode_examples(ctx: StageContext, examples: list[Example], tokenizer) -> tu
     return rows, len(examples) - len(rows)
 
 
-def example_stream(examples: Iterator[Example], tokenizer) -> Iterator[Row]:
+def example_stream(examples: Iterator[Example], tokenizer, chunk: int = 64) -> Iterator[Row]:
     """Encoded rows of an endless corpus."""
-    for example in examples:
-        prompt = apply_template(tokenizer, example.prompt)
-        yield row_from_example(prompt, encode_completion(tokenizer, example.completion))
+    while True:
+        yield from encode_rows(list(islice(examples, chunk)), tokenizer)

@@ -20,7 +20,7 @@ from r1fast.learn.preference import (
 )
 from r1fast.metrics import PhaseTimer
 from r1fast.model.reward_model import RewardModel
-from r1fast.model.tokenizer import apply_template, encode_completion
+from r1fast.model.tokenizer import apply_templates, encode_completions
 from r1fast.model.weights import load_reward_model, save_reward_model
 from r1fast.rewards.layout import tagged_answer
 from r1fast.stages.context import StageOutcome
@@ -45,20 +45,24 @@ class Reading:
     tokenizer: object
     part: Literal["answer", "response"]
 
-    def tokens(self, prompt: str, completion: str) -> list[int]:
-        """Prompt through the template, then the final answer (or the whole response), without its end token: padding
-        must not be what is scored. A response without a tagged answer is read whole."""
-        text = completion
-        if self.part == "answer":
-            answer = tagged_answer(completion)
-            text = completion if answer is None else answer
-        return [*apply_template(self.tokenizer, prompt), *encode_completion(self.tokenizer, text)[:-1]]
+    def read(self, completion: str) -> str:
+        if self.part == "response":
+            return completion
+        answer = tagged_answer(completion)
+        return completion if answer is None else answer  # a response without a tagged answer is read whole
 
-    def pair(self, preference: Preference) -> tuple[list[int], list[int]]:
-        return (
-            self.tokens(preference.prompt, preference.chosen),
-            self.tokens(preference.prompt, preference.rejected),
-        )
+    def tokens(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
+        """Each prompt through the template, then what is read of its completion, without the end token: transformers
+        would take a pad there for what is to be scored."""
+        heads = apply_templates(self.tokenizer, prompts)
+        tails = encode_completions(self.tokenizer, [self.read(text) for text in completions])
+        return [[*head, *tail[:-1]] for head, tail in zip(heads, tails, strict=True)]
+
+    def pairs(self, preferences: Sequence[Preference]) -> list[tuple[list[int], list[int]]]:
+        """(chosen, rejected) of each preference."""
+        prompts = [p.prompt for p in preferences]
+        chosen = self.tokens(prompts, [p.chosen for p in preferences])
+        return list(zip(chosen, self.tokens(prompts, [p.rejected for p in preferences]), strict=True))
 
 
 class PreferenceReward:
@@ -76,7 +80,8 @@ class PreferenceReward:
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> list[list[float]]:
         """Values in (0, 1), [groups][rollouts]."""
-        texts = [self._reading.tokens(g.prompt.text, r.text) for g in groups for r in g.rollouts]
+        prompts = [g.prompt.text for g in groups for _ in g.rollouts]
+        texts = self._reading.tokens(prompts, [r.text for g in groups for r in g.rollouts])
         values = iter(torch.sigmoid(torch.tensor(score(self._model, texts))).tolist())
         return [[next(values) for _ in g.rollouts] for g in groups]
 
@@ -92,8 +97,8 @@ def run(ctx: StageContext) -> StageOutcome:
     policy, tokenizer = start_model(ctx, stage.from_)
     model = RewardModel.from_decoder(policy, ctx.seed)
     reading, task = Reading(tokenizer, stage.scores), ctx.tasks[stage.task]
-    pairs = [reading.pair(p) for p in task.preferences("train", stage.pairs, ctx.seed)]
-    held_out = [reading.pair(p) for p in task.preferences("test", HELD_OUT, ctx.seed)]
+    pairs = reading.pairs(task.preferences("train", stage.pairs, ctx.seed))
+    held_out = reading.pairs(task.preferences("test", HELD_OUT, ctx.seed))
     steps = max(1, math.ceil(stage.epochs * len(pairs) / stage.batch_pairs))
     how = {"steps": steps, "micro_batch_tokens": stage.micro_batch_tokens, "device": ctx.device, "seed": ctx.seed}
     if stage.objective == "pairwise":
