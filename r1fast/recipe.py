@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ def run(
     tasks = check(recipe)
     device, dtype = resolve_device(recipe)
     prints, names = fingerprints(recipe), order(recipe)
+    for kind in {stage.kind for stage in recipe.stages.values()}:
+        import_module(f"r1fast.stages.{kind}")  # all code of an hours-long run is read now, not as stages come
     if fresh:
         _remove_run(out)
     redo = dependents(recipe, {name for name in names if not is_done(out, name, prints[name])})
