@@ -37,7 +37,8 @@ def score(
 
     Where a verifier fails, the kind goes to `errors` and not to `rewards`, and the rollout's reward is the mean of
     those of its group that were scored: its advantage is then zero, so that a failure trains nothing (and the
-    group's mean is unmoved). A group in which every rollout failed has equal rewards and is dead as a whole.
+    group's mean is unmoved). A group in which every rollout failed has equal rewards and is dead as a whole. A kind of
+    weight 0 is measured only: its failure changes no reward.
     """
     given = given or {}
     scores = {
@@ -151,13 +152,15 @@ def _judge(
 
 def _filled(group: RolloutGroup, weights: Mapping[str, float], scores: Mapping[str, Sequence[Score]]) -> RolloutGroup:
     rollouts: list[Rollout] = []
+    failed: list[bool] = []
     for i, rollout in enumerate(group.rollouts):
         errors = {kind: s[i].error for kind, s in scores.items() if s[i].error is not None}
         rewards = {kind: s[i].value for kind, s in scores.items() if kind not in errors}
         total = sum(weights[kind] * value for kind, value in rewards.items())
         rollouts.append(replace(rollout, rewards=rewards, reward=total, errors=errors))
-    clean = [rollout.reward for rollout in rollouts if not rollout.errors]
-    if len(clean) < len(rollouts):
+        failed.append(any(weights[kind] for kind in errors))
+    if any(failed):
+        clean = [rollout.reward for rollout, bad in zip(rollouts, failed, strict=True) if not bad]
         mean = sum(clean) / len(clean) if clean else 0.0
-        rollouts = [replace(rollout, reward=mean) if rollout.errors else rollout for rollout in rollouts]
+        rollouts = [replace(r, reward=mean) if bad else r for r, bad in zip(rollouts, failed, strict=True)]
     return replace(group, rollouts=rollouts)
