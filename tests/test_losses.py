@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rollouts import VOCAB, sampled_groups, tiny_decoder
 
 from r1fast.learn.advantages import advantages
-from r1fast.learn.losses import _Rows, cross_entropy_loss, log_probs, policy_loss
+from r1fast.learn.losses import cross_entropy_loss, log_probs, policy_loss
 from r1fast.learn.packing import Row, loss_weights, pack, plan, row_lengths, rows_from_groups, unpack
 from r1fast.schema import ObjectiveConfig
 
@@ -190,9 +190,3 @@ def test_log_probs_are_those_of_the_tempered_softmax(model, rows, temperature):
     for row, found in zip(rows, unpack(values, batches, order), strict=True):
         wanted = unpacked_logps(model, row, temperature).detach().float().numpy()
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
-
-
-def test_gathered_rows_send_their_gradient_back():
-    hidden = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
-    rows = torch.tensor([1, 2, 5, 8])
-    assert torch.autograd.gradcheck(lambda h: _Rows.apply(h, rows), hidden)
