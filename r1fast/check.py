@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from r1fast.tasks import Task
 
 MODEL_REWARD = "preference"  # the reward that asks the stage's reward model; all others are rules
+_MADE = 256  # problems of a task that makes them; of a task that reads them, all are looked at
 _LONGEST = 64  # problems of a task, by characters, whose prompts are encoded to find the longest
 
 
@@ -285,14 +286,14 @@ def _lengths(recipe: RecipeConfig) -> None:
 def _prompts(recipe: RecipeConfig, tasks: Mapping[str, Task]) -> None:
     """Reads the problems of every task that is sampled from, and compares the longest prompts with the room left."""
     encoders: dict[str, Encoder] = {}
-    lengths: dict[tuple[str, str, str], tuple[int, str]] = {}
+    lengths: dict[tuple[str, str, Encoder], tuple[int, str]] = {}
     for use in uses(recipe):
+        if isinstance(tasks[use.task], Unread):
+            continue
         start = root(recipe, use.stage)
         if start not in encoders:
             encoders[start] = encoder(recipe, start)
-        key = (use.task, use.split, start)
-        if isinstance(tasks[use.task], Unread):
-            continue
+        key = (use.task, use.split, encoders[start])
         if key not in lengths:
             lengths[key] = _longest_prompt(tasks[use.task], use.split, encoders[start])
         length, problem = lengths[key]
@@ -307,7 +308,7 @@ def _prompts(recipe: RecipeConfig, tasks: Mapping[str, Task]) -> None:
 
 def _longest_prompt(task: Task, split: str, encode: Encoder) -> tuple[int, str]:
     """(tokens, problem id) of a split's longest prompt, looked for among the longest by characters."""
-    problems = task.problems(split)
+    problems = task.problems(split, None if isinstance(task, RowTask) else _MADE)
     if not problems:
         raise UserError(f"task {task.name!r} has no {split} problems; give it more data")
     longest = sorted(problems, key=lambda p: len(p.text), reverse=True)[:_LONGEST]
@@ -329,6 +330,9 @@ class Encoder:
         return len(text.split()) + 2 if self.kind == "words" else 0  # 2: <user> and <asst>
 
 
+_WORDS = Encoder("words")
+
+
 def root(recipe: RecipeConfig, stage: str) -> str:
     """Where a stage's weights come from in the end: the name of a pretrain stage, `model`, or a folder."""
     while stage in recipe.stages and recipe.stages[stage].kind != "pretrain":
@@ -339,7 +343,7 @@ def root(recipe: RecipeConfig, stage: str) -> str:
 def encoder(recipe: RecipeConfig, start: str) -> Encoder:
     """For models whose weights come from `start` (see root)."""
     if start in recipe.stages:
-        return Encoder("words")
+        return _WORDS
     folder = recipe.model.path if start == "model" else start
     if folder is None:
         return Encoder("unknown")
