@@ -226,6 +226,8 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     while True:
         try:
             row = next(rows, None)
+            if not isinstance(row, dict | None):
+                raise ValueError(f"it holds {row!r:.40}")
         except ValueError as error:
             raise UserError(f"{path}, line {count + 1}: not a JSON object ({error}); mend or delete it.") from error
         if row is None:

@@ -14,6 +14,7 @@ PROBLEMS = 5
 GENERAL = 3
 LONG = 420  # characters; above it the columns are wide and the text scrolls
 _TAG = re.compile(r"(</?think>|</?answer>)")
+_EDGES = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
 
 
 def columns(run: Run) -> list[StageRecord]:
@@ -95,5 +96,8 @@ def colored(completion: str) -> Html:
             parts.append(tag("span", piece, class_=f"tag {name}"))
             inside = "" if piece.startswith("</") else name
         elif piece:
-            parts.append(tag("span", piece, class_=inside or None))
+            before, said, after = _EDGES.fullmatch(
+                piece
+            ).groups()  # the tint is for words, not for the space at their ends
+            parts += [before, tag("span", said, class_=inside or None) if said else None, after]
     return tag("span", parts)
