@@ -22,14 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1fast_kernels.op import Case, Op, Tolerance, register
+
 KL_KINDS = ("k1", "k2", "k3")
 
 
 class GRPOStats(NamedTuple):
     """Sums over the rows of weight != 0, as 0-d tensors: no host synchronisation, and micro-batches add up.
 
-    kl_sum: of the estimate `kl_kind` names, nats; 0 without a reference. clipped_sum: rows whose policy gradient the clip
-    removed (A > 0 and r > 1 + clip_high, or A < 0 and r < 1 - clip_low). ratio_max: 0 where there is no row.
+    kl_sum: of the estimate `kl_kind` names, nats; 0 without a reference. clipped_sum: rows whose policy gradient the
+    clip removed (A > 0 and r > 1 + clip_high, or A < 0 and r < 1 - clip_low). ratio_max: 0 where there is no row.
     """
 
     kl_sum: Tensor
@@ -58,19 +60,45 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     return difference if kind == "k1" else 0.5 * difference.square()
 
 
+def check_streams(op, logp, old_logp, ref_logp, advantages, weights) -> None:
+    """One number a row, all on logp's device."""
+    named = (("old_logp", old_logp), ("ref_logp", ref_logp), ("advantages", advantages), ("weights", weights))
+    if logp.dim() != 1 or not logp.is_floating_point():
+        raise ValueError(f"{op}: logp must be float [T], not {logp.dtype} {list(logp.shape)}")
+    for name, stream in named:
+        if stream is None and name.endswith("logp"):
+            continue
+        if not isinstance(stream, Tensor) or stream.shape != logp.shape or stream.device != logp.device:
+            found = f"{list(stream.shape)} on {stream.device}" if isinstance(stream, Tensor) else repr(stream)
+            raise ValueError(f"{op}: {name} must be [{logp.shape[0]}] on {logp.device}, not {found}")
+
+
+def check_settings(op, ref_logp, clip_low, clip_high, kl_coef, kl_kind) -> None:
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"{op}: clip_low and clip_high must be >= 0, not {clip_low} and {clip_high}")
+    if kl_kind not in KL_KINDS:
+        raise ValueError(f"{op}: kl_kind must be one of {', '.join(KL_KINDS)}, not {kl_kind!r}")
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"{op}: kl_coef is {kl_coef}, which needs ref_logp")
+
+
+def check(logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids) -> None:
+    check_streams("grpo_loss", logp, old_logp, ref_logp, advantages, weights)
+    check_settings("grpo_loss", ref_logp, clip_low, clip_high, kl_coef, kl_kind)
+    if sequence_ids is not None and (sequence_ids.dtype != torch.int64 or sequence_ids.shape != logp.shape):
+        raise ValueError(
+            f"grpo_loss: sequence_ids must be int64 [{logp.shape[0]}], "
+            f"not {sequence_ids.dtype} {list(sequence_ids.shape)}"
+        )
+
+
 def reference(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
-    kl_kind: str = "k3",
-    sequence_ids: Tensor | None = None,
-) -> tuple[Tensor, GRPOStats]:
-    """Plain torch, differentiated by autograd; the one place where the formula is written in torch."""
+    logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
+) -> tuple[Tensor, ...]:
+    """Plain torch, differentiated by autograd; the one place where the formula is written in torch.
+
+    Returns the loss [T] and the fields of GRPOStats.
+    """
     work = logp.dtype if logp.dtype == torch.float64 else torch.float32
     live = weights != 0
     logp = torch.where(live, logp.to(work), 0.0)
@@ -94,28 +122,99 @@ def reference(
     loss = weights * torch.where(live, row, 0.0)
 
     with torch.no_grad():
-        held = ratio.detach() * live
+        held = torch.where(live, ratio, 0.0)
         zero = held.new_zeros(())
-        stats = GRPOStats(
-            kl_sum=zero if kl_sum is None else kl_sum,
-            clipped_sum=((clipped < surrogate) & live).sum(dtype=work),
-            ratio_sum=held.sum(),
-            ratio_max=held.max() if held.numel() else zero,
-            count=live.sum(dtype=work),
-        )
-    return loss, stats
+        clip_count = ((clipped < surrogate) & live).sum(dtype=work)
+        largest = held.max() if held.numel() else zero
+        return loss, zero if kl_sum is None else kl_sum, clip_count, held.sum(), largest, live.sum(dtype=work)
 
 
-def loss_and_slope(logp: Tensor, *streams: Tensor | None, **settings) -> tuple[Tensor, Tensor, GRPOStats]:
-    """The loss of each row, d(sum of losses)/d(logp) of each row, and the statistics; nothing carries a gradient.
+def loss_and_slope(logp: Tensor, *args) -> tuple[Tensor, Tensor, GRPOStats]:
+    """`reference` on per-row arguments: each row's loss, its slope d(loss)/d(logp), the statistics; without gradient.
 
-    For ops that take the gradient in their forward pass: the formula stays `reference`'s.
+    For ops that take the gradient in their forward pass: the formula stays the reference's.
     """
     with torch.enable_grad():
         leaf = logp.detach().requires_grad_()
-        loss, stats = reference(leaf, *streams, **settings)
+        loss, *stats = reference(leaf, *args)
         (slope,) = torch.autograd.grad(loss.sum(), leaf)
-    return loss.detach(), slope, stats
+    return loss.detach(), slope, GRPOStats(*stats)
+
+
+def _case(size: str, rows: int, *settings, on_policy=False, masked=0.0, gspo=False, kl=True) -> Case:
+    """Ratios on both sides of both bounds; `settings` are clip_low, clip_high, kl_coef, kl_kind."""
+
+    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        logp, noise, drift, advantages, weights, drop = torch.randn(6, rows, generator=generator, dtype=torch.float64)
+        logp = -2 * logp.abs()
+        old = logp + (0.05 if gspo else 0.3) * noise
+        weights = torch.where(drop > masked, weights.abs() + 0.1, 0.0) if masked else weights.abs() + 0.1
+        advantages = torch.where(advantages.abs() < 0.1, 0.0, advantages)
+        ids = (torch.arange(rows) * 7 // 60 * 3 + 11).to(device) if gspo else None
+        logp, old = (torch.where(weights == 0, torch.nan, x) for x in (logp, old))  # no one may look at masked rows
+        streams = [x.to(device, dtype) for x in (logp, old, logp + 0.5 * drift, advantages, weights)]
+        if on_policy:
+            streams[1] = None
+        if not kl:
+            streams[2] = None
+        return *streams, *settings, ids
+
+    words = [f"{rows} rows", settings[3] if kl else "no kl", f"clip {settings[0]} {settings[1]}"]
+    words += ["on policy"] * on_policy + ["masked"] * bool(masked) + ["gspo"] * gspo
+    return Case(" ".join(words), size, make)
+
+
+def cases() -> list[Case]:
+    return [
+        _case("tiny", 13, 0.2, 0.2, 0.04, "k3"),
+        _case("tiny", 40, 0.2, 0.28, 0.0, "k3", kl=False, masked=0.5),
+        _case("ragged", 1001, 10.0, 10.0, 0.1, "k1", masked=0.3),
+        _case("ragged", 257, 0.2, 0.2, 0.1, "k2", on_policy=True),
+        _case("ragged", 333, 0.02, 0.03, 0.05, "k3", gspo=True, masked=0.5),
+        _case("model", 1 << 20, 0.2, 0.2, 0.04, "k3"),
+    ]
+
+
+def invalid() -> list[tuple[str, tuple]]:
+    x = torch.ones(4)
+    settings = (0.2, 0.2, 0.0, "k3", None)
+    return [
+        ("two dimensions", (x.view(2, 2), x, None, x, x, *settings)),
+        ("a short old_logp", (x, x[:3], None, x, x, *settings)),
+        ("no advantages", (x, x, None, None, x, *settings)),
+        ("weights of another length", (x, x, None, x, x[:2], *settings)),
+        ("a negative clip", (x, x, None, x, x, -0.1, 0.2, 0.0, "k3", None)),
+        ("an unknown kl", (x, x, x, x, x, 0.2, 0.2, 0.1, "k4", None)),
+        ("kl without a reference", (x, x, None, x, x, 0.2, 0.2, 0.1, "k3", None)),
+        ("float sequence_ids", (x, x, None, x, x, 0.2, 0.2, 0.0, "k3", x)),
+    ]
+
+
+def _bytes(logp, old_logp, ref_logp, advantages, weights, *_) -> int:
+    return 4 * logp.numel() + sum(
+        s.numel() * s.element_size() for s in (logp, old_logp, ref_logp, advantages, weights) if s is not None
+    )
+
+
+OP = register(
+    Op(
+        name="grpo_loss",
+        check=check,
+        reference=reference,
+        cases=cases,
+        invalid=invalid,
+        gradients=(0,),
+        tolerances={
+            torch.float32: Tolerance(
+                4e-6, 4e-6, "differences of logp of order ten keep 1e-6; sums over a million rows keep 1e-6 of the sum"
+            ),
+        },
+        gradient_tolerances={torch.float32: Tolerance(4e-6, 4e-6, "the same differences behind the same exp")},
+        flops=lambda logp, *_: 20 * logp.numel(),
+        bytes=_bytes,
+    )
+)
 
 
 def grpo_loss(
@@ -135,13 +234,24 @@ def grpo_loss(
 ) -> Tensor | tuple[Tensor, GRPOStats]:
     """Per-token GRPO (or GSPO) loss, weighted; its sum is the scalar loss.
 
-    logp: float [T], nats. old_logp: float [T], or None for exactly on-policy rows (logp.detach()). ref_logp: float [T] or
-    None. advantages: float [T]. weights: float [T] (or a mask), 0 where the row is not trained on. clip_low, clip_high:
-    >= 0, any size. kl_kind: "k1", "k2" or "k3". sequence_ids: int64 [T], sorted; turns the ratio into GSPO's.
+    logp: float [T], nats. old_logp: float [T], or None for exactly on-policy rows (logp.detach()). ref_logp: float [T]
+    or None. advantages: float [T]. weights: float [T] (or a mask), 0 where the row is not trained on. clip_low,
+    clip_high: >= 0, any size. kl_kind: "k1", "k2" or "k3". sequence_ids: int64 [T], sorted; makes the ratio GSPO's.
     Returns float32 [T] (float64 for float64 logp); with return_stats, (loss, GRPOStats).
-    Raises ValueError on shapes or dtypes that do not fit, a negative clip, an unknown kl_kind, or a kl_coef without ref_logp.
+    Raises ValueError on shapes, dtypes or devices that do not fit, a negative clip, an unknown kl_kind, or a kl_coef
+    without ref_logp.
     """
-    loss, stats = reference(
-        logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
+    loss, *stats = OP(
+        logp,
+        old_logp,
+        ref_logp,
+        advantages,
+        weights,
+        clip_low,
+        clip_high,
+        kl_coef,
+        kl_kind,
+        sequence_ids,
+        backend=backend,
     )
-    return (loss, stats) if return_stats else loss
+    return (loss, GRPOStats(*stats)) if return_stats else loss

@@ -1,12 +1,12 @@
 """The head and the loss as one op: hidden states in, scalar loss and its gradients out, no [T, V] ever kept.
 
-    loss = sum_t grpo_loss(linear_logprob(hidden, weight, targets, temperature), old, ref, A, w)[t]
-    and the supervised form  loss = sum_t -w[t] * logp[t]
+    linear_grpo_loss       loss = sum_t grpo_loss(linear_logprob(hidden, weight, targets, temperature), old, ref, A, w)[t]
+    linear_cross_entropy   loss = sum_t -w[t] * linear_logprob(hidden, weight, targets)[t]
 
 A loss that is a sum over rows has its gradient the moment a row's log-probability is known. So both are taken in the
 forward pass, chunk by chunk: three products (6 T V H FLOPs) instead of the four of an op that makes its logits again in
-the backward pass. Backward only scales what is there. Rows whose slope d(loss)/d(logp) is exactly zero (no advantage and
-no KL term, clipped, or weight 0) are left out of the two gradient products, which changes nothing.
+the backward pass. Backward only scales what is there. Rows whose slope d(loss)/d(logp) is exactly zero (no advantage
+and no KL term, clipped, or weight 0) are left out of the two gradient products, which changes nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .grpo_loss import GRPOStats, loss_and_slope
-from .linear_logprob import RowLogits, work_dtype
-from .linear_logprob import reference as linear_logprob_reference
+from r1fast_kernels.grpo_loss import GRPOStats, check_settings, check_streams, loss_and_slope
+from r1fast_kernels.linear_logprob import RowLogits, check_head, head_case, work_dtype
+from r1fast_kernels.op import Case, Op, Tolerance, register
 
 
 class LinearGRPOStats(NamedTuple):
-    """GRPOStats' sums (0-d tensors, over rows of weight != 0), and each row's logp and entropy, float32 [T]; no gradient."""
+    """GRPOStats' sums (0-d, over rows of weight != 0), and every row's logp and entropy, float32 [T]; no gradient."""
 
     kl_sum: Tensor
     clipped_sum: Tensor
@@ -48,8 +49,7 @@ class _LinearLoss(torch.autograd.Function):
         logp = hidden.new_empty(hidden.shape[0], dtype=head.logits.dtype)
         entropy = torch.empty_like(logp) if want_entropy else logp.new_empty(0)
         loss = logp.new_zeros(())
-        d_hidden = torch.empty_like(head.hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(head.weight) if wants_weight else None
+        d_hidden, d_weight = head.gradients(wants_hidden, wants_weight)
         for chunk in head.chunks():
             logprobs = head.log_softmax(chunk)
             logp[chunk] = logprobs.gather(1, targets[chunk].unsqueeze(1)).squeeze(1)
@@ -65,6 +65,7 @@ class _LinearLoss(torch.autograd.Function):
         return loss, logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale: Tensor, _logp: Tensor, _entropy: Tensor):
         if ctx.gradients is None:
             raise RuntimeError("a fused linear loss keeps its gradients for one backward pass: call it again instead")
@@ -104,11 +105,151 @@ def _cut(stream: Tensor | None, chunk: slice) -> Tensor | None:
     return None if stream is None else stream[chunk]
 
 
-def _merge(parts: list[GRPOStats]) -> GRPOStats:
+def _merge(parts: list[GRPOStats]) -> tuple[Tensor, ...]:
+    """Statistics of all chunks from those of each."""
     if len(parts) == 1:
         return parts[0]
-    columns = [torch.stack(column) for column in zip(*parts, strict=True)]
-    return GRPOStats(*(c.amax() if n == "ratio_max" else c.sum() for n, c in zip(GRPOStats._fields, columns, strict=True)))
+    columns = zip(GRPOStats._fields, (torch.stack(column) for column in zip(*parts, strict=True)), strict=True)
+    return tuple(column.amax() if name == "ratio_max" else column.sum() for name, column in columns)
+
+
+def check(
+    hidden, weight, targets, old_logp, ref_logp, advantages, weights, temperature, clip_low, clip_high, kl_coef, kl_kind
+) -> None:
+    check_head("linear_grpo_loss", hidden, weight, targets, temperature)
+    check_streams("linear_grpo_loss", hidden[:, 0], old_logp, ref_logp, advantages, weights)
+    check_settings("linear_grpo_loss", ref_logp, clip_low, clip_high, kl_coef, kl_kind)
+
+
+def reference(
+    hidden, weight, targets, old_logp, ref_logp, advantages, weights, temperature, clip_low, clip_high, kl_coef, kl_kind
+) -> tuple[Tensor, ...]:
+    """Plain torch, a chunk of rows at a time. Returns the loss and the fields of LinearGRPOStats."""
+    parts: list[GRPOStats] = []
+
+    def row_loss(chunk: slice, logp: Tensor) -> tuple[Tensor, Tensor]:
+        streams = (_cut(s, chunk) for s in (old_logp, ref_logp, advantages, weights))
+        rows, slope, stats = loss_and_slope(logp, *streams, clip_low, clip_high, kl_coef, kl_kind, None)
+        parts.append(stats)
+        return rows, slope
+
+    loss, logp, entropy = _fused(hidden, weight, targets, temperature, row_loss, True)
+    if not parts:
+        row_loss(slice(0, 0), logp)
+    return loss, *_merge(parts), logp, entropy
+
+
+def check_cross_entropy(hidden, weight, targets, weights) -> None:
+    check_head("linear_cross_entropy", hidden, weight, targets, 1.0)
+    if weights.shape != targets.shape or weights.device != hidden.device:
+        raise ValueError(
+            f"linear_cross_entropy: weights must be [{hidden.shape[0]}] on {hidden.device}, "
+            f"not {list(weights.shape)} on {weights.device}"
+        )
+
+
+def reference_cross_entropy(hidden, weight, targets, weights) -> tuple[Tensor, Tensor]:
+    """Plain torch, a chunk of rows at a time."""
+    slope = -weights.detach().to(work_dtype(hidden))
+
+    def row_loss(chunk: slice, logp: Tensor) -> tuple[Tensor, Tensor]:
+        return slope[chunk] * logp, slope[chunk]
+
+    loss, logp, _ = _fused(hidden, weight, targets, 1.0, row_loss, False)
+    return loss, logp
+
+
+def _case(size: str, shape: tuple[int, int, int], temperature: float, *settings, on_policy=False, kl=True) -> Case:
+    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        h, w, targets = head_case(size, *shape, device, dtype, generator)
+        old, ref, advantages, weights, drop = torch.randn(5, shape[0], generator=generator).to(device)
+        logp = torch.log_softmax(h.float() @ w.float().T / temperature, 1).gather(1, targets[:, None])[:, 0]
+        advantages = torch.where(advantages.abs() < 0.3, 0.0, advantages)  # as groups without variance have
+        weights = torch.where(drop < -0.8, 0.0, weights.abs() + 0.1)
+        streams = None if on_policy else logp + 0.3 * old, logp + 0.5 * ref if kl else None, advantages, weights
+        return h, w, targets, *streams, temperature, *settings
+
+    words = [f"{shape[0]} rows {shape[1]} hidden {shape[2]} words T {temperature}", settings[3] if kl else "no kl"]
+    return Case(" ".join(words + ["on policy"] * on_policy), size, make)
+
+
+def cases() -> list[Case]:
+    return [
+        _case("tiny", (37, 64, 250), 1.0, 0.2, 0.2, 0.04, "k3"),
+        _case("tiny", (40, 64, 250), 1.0, 0.2, 0.28, 0.0, "k3", kl=False),
+        _case("ragged", (301, 65, 1003), 0.7, 10.0, 0.2, 0.1, "k2"),
+        _case("ragged", (200, 24, 20011), 1.3, 0.2, 0.2, 0.0, "k3", kl=False, on_policy=True),
+        _case("model", (4096, 512, 8192), 1.0, 0.2, 0.2, 0.04, "k3"),
+    ]
+
+
+def _case_cross_entropy(size: str, *shape: int) -> Case:
+    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        head = head_case(size, *shape, device, dtype, generator)
+        weights = torch.randn(shape[0], generator=generator)
+        return *head, torch.where(weights < -0.5, 0.0, weights.abs() + 0.1).to(device)
+
+    return Case(f"{shape[0]} rows {shape[1]} hidden {shape[2]} words", size, make)
+
+
+def cases_cross_entropy() -> list[Case]:
+    return [
+        _case_cross_entropy("tiny", 37, 64, 250),
+        _case_cross_entropy("ragged", 301, 65, 1003),
+        _case_cross_entropy("ragged", 200, 24, 20011),
+        _case_cross_entropy("model", 4096, 512, 8192),
+    ]
+
+
+def invalid() -> list[tuple[str, tuple]]:
+    h, w, targets, x = torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), torch.ones(3)
+    settings = (1.0, 0.2, 0.2, 0.0, "k3")
+    return [
+        ("another width", (h, w[:, :4], targets, x, None, x, x, *settings)),
+        ("a target past the vocabulary", (h, w, targets + 3, x, None, x, x, *settings)),
+        ("advantages of another length", (h, w, targets, x, None, x[:2], x, *settings)),
+        ("kl without a reference", (h, w, targets, x, None, x, x, 1.0, 0.2, 0.2, 0.1, "k3")),
+        ("a temperature of zero", (h, w, targets, x, None, x, x, 0.0, 0.2, 0.2, 0.0, "k3")),
+    ]
+
+
+def invalid_cross_entropy() -> list[tuple[str, tuple]]:
+    h, w, targets, x = torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), torch.ones(3)
+    return [
+        ("another width", (h, w[:, :4], targets, x)),
+        ("a target past the vocabulary", (h, w, targets + 3, x)),
+        ("weights of another length", (h, w, targets, x[:2])),
+    ]
+
+
+_DESCRIPTION = {
+    "gradients": (0, 1),
+    "tolerances": {
+        torch.float32: Tolerance(1e-5, 1e-5, "as linear_logprob; the sum over rows keeps 1e-6 of itself"),
+        torch.bfloat16: Tolerance(1e-5, 1e-5, "the arithmetic is float32 on bf16 input; nothing is rounded to bf16"),
+    },
+    "gradient_tolerances": {
+        torch.float32: Tolerance(1e-5, 2e-5, "float32 products over V and over T"),
+        torch.bfloat16: Tolerance(2**-7, 2**-9, "the gradients are rounded once, to 8 bits"),
+    },
+    "flops": lambda hidden, weight, *_: 6 * hidden.numel() * weight.shape[0],
+    "bytes": lambda hidden, weight, *_: 3 * (hidden.numel() + weight.numel()) * hidden.element_size(),
+}
+OP = register(
+    Op(name="linear_grpo_loss", check=check, reference=reference, cases=cases, invalid=invalid, **_DESCRIPTION)
+)
+OP_CROSS_ENTROPY = register(
+    Op(
+        name="linear_cross_entropy",
+        check=check_cross_entropy,
+        reference=reference_cross_entropy,
+        cases=cases_cross_entropy,
+        invalid=invalid_cross_entropy,
+        **_DESCRIPTION,
+    )
+)
 
 
 def linear_grpo_loss(
@@ -130,24 +271,27 @@ def linear_grpo_loss(
     """GRPO's loss from hidden states; see grpo_loss for the formula and linear_logprob for logp.
 
     hidden: float [T, H]. weight: float [V, H]. targets: int64 [T], in [0, V). old_logp: float [T], or None for exactly
-    on-policy rows (old = logp, detached). ref_logp: float [T] or None. advantages, weights: float [T]. temperature: > 0.
+    on-policy rows (old = logp, detached). ref_logp: float [T] or None. advantages, weights: float [T].
+    temperature: > 0.
     Returns (loss: float32 scalar, the sum over rows; LinearGRPOStats). Differentiable once in hidden and weight.
-    Raises ValueError as grpo_loss and linear_logprob do; RuntimeError on a second backward through the same loss.
+    Raises ValueError as grpo_loss and linear_logprob do; RuntimeError on a second backward through one loss.
     """
-    parts: list[GRPOStats] = []
-
-    def row_loss(chunk: slice, logp: Tensor) -> tuple[Tensor, Tensor]:
-        streams = (_cut(s, chunk) for s in (old_logp, ref_logp, advantages, weights))
-        rows, slope, stats = loss_and_slope(
-            logp, *streams, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, kl_kind=kl_kind
-        )
-        parts.append(stats)
-        return rows, slope
-
-    loss, logp, entropy = _fused(hidden, weight, targets, temperature, row_loss, True)
-    if not parts:
-        row_loss(slice(0, 0), logp)
-    return loss, LinearGRPOStats(*_merge(parts), logp, entropy)
+    loss, *stats = OP(
+        hidden,
+        weight,
+        targets,
+        old_logp,
+        ref_logp,
+        advantages,
+        weights,
+        temperature,
+        clip_low,
+        clip_high,
+        kl_coef,
+        kl_kind,
+        backend=backend,
+    )
+    return loss, LinearGRPOStats(*stats)
 
 
 def linear_cross_entropy(
@@ -157,11 +301,6 @@ def linear_cross_entropy(
 
     hidden: float [T, H]. weight: float [V, H]. targets: int64 [T], in [0, V). weights: float [T].
     Returns (loss: float32 scalar, logp: float32 [T] without gradient). Differentiable once in hidden and weight.
+    Raises ValueError as linear_logprob does; RuntimeError on a second backward through one loss.
     """
-    slope = -weights.detach().to(work_dtype(hidden))
-
-    def row_loss(chunk: slice, logp: Tensor) -> tuple[Tensor, Tensor]:
-        return slope[chunk] * logp, slope[chunk]
-
-    loss, logp, _ = _fused(hidden, weight, targets, 1.0, row_loss, False)
-    return loss, logp
+    return OP_CROSS_ENTROPY(hidden, weight, targets, weights, backend=backend)

@@ -13,9 +13,40 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Elements of one chunk of logits. 2^21 (8 MiB of fp32) keeps a chunk near the cache and the products efficient.
+from r1fast_kernels.op import Case, Op, Tolerance, register
+
+# Elements of one chunk of logits: 8 MiB of fp32. See the measurements at `chunk_rows`.
 CHUNK_ELEMENTS = 1 << 21
+
+
+def check_head(op, hidden, weight, targets, temperature) -> None:
+    """Shared by the ops that begin with the head."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: hidden must be [T, H] and weight [V, H], not {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if not hidden.is_floating_point() or weight.dtype != hidden.dtype or weight.device != hidden.device:
+        raise ValueError(
+            f"{op}: hidden and weight must be float tensors of one dtype and device, "
+            f"not {hidden.dtype} on {hidden.device} and {weight.dtype} on {weight.device}"
+        )
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64 or targets.device != hidden.device:
+        raise ValueError(
+            f"{op}: targets must be int64 [{hidden.shape[0]}] on {hidden.device}, "
+            f"not {targets.dtype} {list(targets.shape)} on {targets.device}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be > 0, not {temperature}")
+    if targets.device.type == "cpu" and targets.shape[0]:  # 4 us at 7k rows; on a GPU it would wait for the queue
+        low, high = (int(x) for x in torch.aminmax(targets))
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(f"{op}: targets go from {low} to {high}, outside a vocabulary of {weight.shape[0]}")
+
+
+def check(hidden, weight, targets, temperature) -> None:
+    check_head("linear_logprob", hidden, weight, targets, temperature)
 
 
 def work_dtype(hidden: Tensor) -> torch.dtype:
@@ -53,6 +84,11 @@ class RowLogits:
         out = self.scratch[: hidden.shape[0]]
         return torch._log_softmax(logits, 1, False, out=out)
 
+    def gradients(self, wants_hidden: bool, wants_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the gradients of hidden (to be written) and weight (to be added to) go into."""
+        d_hidden = self.hidden.new_empty(self.hidden.shape) if wants_hidden else None
+        return d_hidden, self.weight.new_zeros(self.weight.shape) if wants_weight else None
+
     def entropy(self, logprobs: Tensor) -> Tensor:
         """Entropy [C] of those rows; overwrites the logits."""
         probabilities = torch.exp(logprobs, out=self.logits[: logprobs.shape[0]])
@@ -81,24 +117,89 @@ class _LinearLogprob(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, slope: Tensor, _entropy: Tensor):
         hidden, weight, targets = ctx.saved_tensors
         head = RowLogits(hidden, weight, ctx.temperature)
-        d_hidden = torch.empty_like(head.hidden)
-        d_weight = torch.zeros_like(head.weight)
+        d_hidden, d_weight = head.gradients(*ctx.needs_input_grad[:2])
         for chunk in head.chunks():
             gradient = head.logit_gradient(head.log_softmax(chunk), targets[chunk], slope[chunk])
-            torch.mm(gradient, head.weight, out=d_hidden[chunk])
-            d_weight.addmm_(gradient.T, head.hidden[chunk])
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None
+            if d_hidden is not None:
+                torch.mm(gradient, head.weight, out=d_hidden[chunk])
+            if d_weight is not None:
+                d_weight.addmm_(gradient.T, head.hidden[chunk])
+        found = (None if d is None else d.to(hidden.dtype) for d in (d_hidden, d_weight))
+        return *found, None, None
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The truth in plain torch, all logits at once."""
-    work = work_dtype(hidden)
-    logprobs = torch.log_softmax(hidden.to(work) @ weight.to(work).T / temperature, 1)
-    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(1)
-    return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
+def reference(hidden, weight, targets, temperature) -> tuple[Tensor, Tensor]:
+    """Plain torch, a chunk of rows at a time; tests/test_reference_ops.py holds it against all logits at once."""
+    return _LinearLogprob.apply(hidden, weight, targets, temperature)
+
+
+def head_case(size: str, rows: int, hidden: int, vocabulary: int, device: str, dtype: torch.dtype, generator) -> tuple:
+    """(hidden, weight, targets) with logits of standard deviation 2 and likely targets among them."""
+    h = torch.randn(rows, hidden, generator=generator, dtype=torch.float32)
+    w = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float32) * (2 / hidden**0.5)
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    h[::2] += w[targets[::2]] / 2
+    return h.to(device, dtype), w.to(device, dtype), targets.to(device)
+
+
+def _case(size: str, rows: int, hidden: int, vocabulary: int, temperature: float) -> Case:
+    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        return *head_case(size, rows, hidden, vocabulary, device, dtype, generator), temperature
+
+    return Case(f"{rows} rows {hidden} hidden {vocabulary} words T {temperature}", size, make)
+
+
+def cases() -> list[Case]:
+    return [
+        _case("tiny", 37, 64, 250, 1.0),
+        _case("ragged", 301, 65, 1003, 0.7),
+        _case("ragged", 200, 24, 20011, 1.3),  # more than one chunk
+        _case("model", 4096, 512, 8192, 1.0),
+    ]
+
+
+def invalid() -> list[tuple[str, tuple]]:
+    h, w, targets = torch.ones(3, 8), torch.ones(5, 8), torch.arange(3)
+    return [
+        ("another width", (h, w[:, :4], targets, 1.0)),
+        ("two dtypes", (h, w.double(), targets, 1.0)),
+        ("int32 targets", (h, w, targets.int(), 1.0)),
+        ("too few targets", (h, w, targets[:2], 1.0)),
+        ("a target past the vocabulary", (h, w, targets + 3, 1.0)),
+        ("a negative target", (h, w, targets - 1, 1.0)),
+        ("a temperature of zero", (h, w, targets, 0.0)),
+    ]
+
+
+OP = register(
+    Op(
+        name="linear_logprob",
+        check=check,
+        reference=reference,
+        cases=cases,
+        invalid=invalid,
+        gradients=(0, 1),
+        tolerances={
+            torch.float32: Tolerance(1e-5, 1e-5, "float32 products over H, a sum of V exponentials"),
+            torch.bfloat16: Tolerance(
+                1e-5, 1e-5, "the arithmetic is float32 on bf16 input; nothing is rounded to bf16"
+            ),
+        },
+        gradient_tolerances={
+            torch.float32: Tolerance(1e-5, 2e-5, "float32 products over V and over T"),
+            torch.bfloat16: Tolerance(2**-7, 2**-9, "the gradients are rounded once, to 8 bits"),
+        },
+        flops=lambda hidden, weight, *_: 2 * hidden.numel() * weight.shape[0],
+        bytes=lambda hidden, weight, *_: (
+            (hidden.numel() + weight.numel()) * hidden.element_size() + hidden.shape[0] * 16
+        ),
+    )
+)
 
 
 def linear_logprob(
@@ -107,8 +208,9 @@ def linear_logprob(
     """Log-probabilities of the targets and entropies of their distributions.
 
     hidden: float [T, H]. weight: float [V, H], the head. targets: int64 [T], in [0, V). temperature: > 0.
-    Returns (logp float32 [T], entropy float32 [T]), nats (float64 for float64 input). Differentiable in hidden and weight
-    through logp; entropy carries no gradient: it is a measurement.
-    Raises ValueError on shapes or dtypes that do not fit, or a temperature that is not positive.
+    Returns (logp float32 [T], entropy float32 [T]), nats (float64 for float64 input). Differentiable in hidden and
+    weight through logp; entropy carries no gradient: it is a measurement.
+    Raises ValueError on shapes, dtypes or devices that do not fit, a temperature that is not positive, or (looked at on
+    the CPU) a target outside the vocabulary.
     """
-    return _LinearLogprob.apply(hidden, weight, targets, temperature)
+    return OP(hidden, weight, targets, temperature, backend=backend)

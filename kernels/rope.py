@@ -15,6 +15,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from r1fast_kernels.op import Case, Op, Tolerance, register
+
+
+def check(q, k, cos, sin, positions) -> None:
+    if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[2] % 2:
+        raise ValueError(
+            f"rope: q must be [T, Hq, D] and k [T, Hkv, D] with an even D, not {list(q.shape)} and {list(k.shape)}"
+        )
+    if not q.is_floating_point() or k.dtype != q.dtype:
+        raise ValueError(f"rope: q and k must be float tensors of one dtype, not {q.dtype} and {k.dtype}")
+    if cos.dim() != 2 or cos.shape[1] * 2 != q.shape[2] or sin.shape != cos.shape:
+        raise ValueError(
+            f"rope: cos and sin must be [P, {q.shape[2] // 2}], half a head, "
+            f"not {list(cos.shape)} and {list(sin.shape)}"
+        )
+    if positions.shape != q.shape[:1] or positions.dtype != torch.int64:
+        raise ValueError(f"rope: positions must be int64 [{q.shape[0]}], not {positions.dtype} {list(positions.shape)}")
+    device = q.device
+    if k.device != device or cos.device != device or sin.device != device or positions.device != device:
+        raise ValueError("rope: q, k, cos, sin and positions must live on one device")
+
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * (c, c) + (x2, x1) * (-s, s): one copy and two passes over whole heads, where halves would be short rows."""
@@ -24,7 +45,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: 5.7 ms to autograd's 8.0 (15k tokens, 6 heads of 16, one core)."""
+    """The gradient of a rotation is the rotation back: 5.7 ms to autograd's 8.0 (15k x 6 heads of 16, one core)."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +63,74 @@ class _Rotation(torch.autograd.Function):
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Plain torch; fp32 inside (fp64 for fp64 input)."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    cos, sin = (table.index_select(0, positions).unsqueeze(1).to(work) for table in (cos, sin))
+    try:
+        cos, sin = (table.index_select(0, positions).unsqueeze(1).to(work) for table in (cos, sin))
+    except IndexError:
+        raise ValueError(f"rope: a position lies outside the tables, which have {cos.shape[0]} rows") from None
     return _Rotation.apply(q, k, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+
+def _case(size: str, rows: int, heads: int, kv_heads: int, width: int) -> Case:
+    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        q = torch.randn(rows, heads, width, generator=generator, dtype=torch.float64).to(device, dtype)
+        k = torch.randn(rows, kv_heads, width, generator=generator, dtype=torch.float64).to(device, dtype)
+        frequency = 1000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
+        angle = torch.arange(512, dtype=torch.float64)[:, None] * frequency
+        positions = torch.randint(0, 512, (rows,), generator=generator)
+        cos, sin = (1.1 * angle.cos()).float(), (1.1 * angle.sin()).float()  # 1.1: yarn's magnitude may be folded in
+        return q, k, cos.to(device), sin.to(device), positions.to(device)
+
+    return Case(f"{rows} rows {heads}+{kv_heads} heads of {width}", size, make)
+
+
+def cases() -> list[Case]:
+    return [
+        _case("tiny", 5, 4, 2, 16),
+        _case("ragged", 37, 3, 1, 26),
+        _case("ragged", 1, 7, 7, 80),
+        _case("model", 8192, 12, 2, 128),
+    ]
+
+
+def invalid() -> list[tuple[str, tuple]]:
+    q, k, table, positions = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.ones(5, 4), torch.arange(3)
+    return [
+        ("an odd head", (q[..., :7], k[..., :7], table, table, positions)),
+        ("other rows in k", (q, k[:2], table, table, positions)),
+        ("two dtypes", (q, k.double(), table, table, positions)),
+        ("tables of a whole head", (q, k, torch.ones(5, 8), torch.ones(5, 8), positions)),
+        ("int32 positions", (q, k, table, table, positions.int())),
+        ("too few positions", (q, k, table, table, positions[:2])),
+        ("a position past the tables", (q, k, table, table, positions + 3)),
+    ]
+
+
+OP = register(
+    Op(
+        name="rope",
+        check=check,
+        reference=reference,
+        cases=cases,
+        invalid=invalid,
+        gradients=(0, 1),
+        outputs_with_gradient=(0, 1),
+        tolerances={
+            torch.float32: Tolerance(1e-6, 2e-6, "two products and a sum of order one, each one float32 rounding"),
+            torch.bfloat16: Tolerance(2**-8, 1e-6, "rounded once to 8 bits"),
+            torch.float16: Tolerance(2**-11, 1e-6, "rounded once to 11 bits"),
+        },
+        gradient_tolerances={
+            torch.float32: Tolerance(1e-6, 2e-6, "the same rotation, back"),
+            torch.bfloat16: Tolerance(2**-7, 2**-7, "as forward, on a gradient that was itself rounded to 8 bits"),
+            torch.float16: Tolerance(2**-10, 2**-10, "as forward, on a gradient that was itself rounded to 11 bits"),
+        },
+        flops=lambda q, k, *_: 3 * (q.numel() + k.numel()),
+        bytes=lambda q, k, cos, sin, positions: (
+            2 * (q.numel() + k.numel()) * q.element_size() + positions.numel() * (8 + 8 * cos.shape[1])
+        ),
+    )
+)
 
 
 def rope(
@@ -53,6 +140,6 @@ def rope(
 
     q: float [T, Hq, D]. k: float [T, Hkv, D]. cos, sin: float32 [P, D/2]. positions: int64 [T], in [0, P).
     Returns (q', k') in their dtypes. Differentiable in q and k.
-    Raises ValueError on shapes or dtypes that do not fit.
+    Raises ValueError on shapes, dtypes or devices that do not fit, or a position outside the tables.
     """
-    return reference(q, k, cos, sin, positions)
+    return OP(q, k, cos, sin, positions, backend=backend)
