@@ -70,8 +70,9 @@ class BuildNative(build_ext):
             )
             libraries = Path(nvcc).resolve().parent.parent / "lib64"
             self.link(ext, objects, [f"-L{libraries}", "-lcudart_static", "-ldl", "-lpthread", "-lrt"])
-        except (subprocess.CalledProcessError, OSError) as error:
-            print(f"r1fast: the CUDA kernels could not be built and are skipped ({error})", flush=True)
+        except subprocess.CalledProcessError as error:
+            why = f"{Path(error.cmd[0]).name} ended with status {error.returncode}"
+            print(f"r1fast: the CUDA kernels could not be built and are skipped: {why}", flush=True)
 
     def cxx(self) -> list[str]:
         return os.environ.get("CXX", "c++").split()

@@ -155,7 +155,7 @@ def _triton_forward(rewards, group_size, group_ids, normalize_std, eps) -> Tenso
         _equal_groups[grid](r, out, count // group_size, group_size, eps, bool(normalize_std), rows, columns)
     elif count:
         grid = (-(-count // 16),)
-        _groups_by_id[grid](r, group_ids.contiguous(), out, count, eps, bool(normalize_std), 16, 128)
+        _groups_by_id[grid](r, group_ids.contiguous(), out, count, eps, bool(normalize_std), 16, 64)
     return out
 
 

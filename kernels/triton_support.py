@@ -6,6 +6,7 @@ A file of kernels says `from r1fast_kernels.triton_support import jit, tl, ...` 
 
 import os
 
+import numpy
 import torch
 
 try:
@@ -30,12 +31,23 @@ def interpreted() -> bool:
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def interpreter_unavailable() -> str | None:
+    """Why Triton's interpreter cannot run our kernels, or None."""
+    if triton is None:
+        return "triton is not installed"
+    new_numpy = tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+    if new_numpy and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        # Found with 3.6: a loop bound that is an argument arrives as an array, which Python's range refuses there.
+        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and {numpy.__version__} is installed"
+    return None
+
+
 def triton_unavailable() -> str | None:
     """Why Triton kernels cannot run here, or None."""
     if triton is None:
         return "triton is not installed"
     if interpreted():
-        return None
+        return interpreter_unavailable()
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import r1fast_kernels
 from r1fast_kernels.op import Case, Op, Tolerance
-from r1fast_kernels.triton_support import interpreted, triton
+from r1fast_kernels.triton_support import interpreted, interpreter_unavailable, triton
 
 OPS = r1fast_kernels.load_ops()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -234,7 +234,7 @@ once = pytest.mark.skipif(interpreted(), reason="this is the child process")
 
 
 @once
-@needs_triton
+@pytest.mark.skipif(bool(interpreter_unavailable()), reason=str(interpreter_unavailable()))
 def test_triton_kernels_under_the_interpreter(clean_environment):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "triton-cpu"]
     environment = {**clean_environment, "TRITON_INTERPRET": "1"}
