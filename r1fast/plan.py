@@ -129,10 +129,12 @@ class _Planner:
         elif source.path is not None:
             with open(source.path, "rb") as file:
                 rows = sum(1 for line in file if line.strip())
+        elif source.limit is not None:
+            rows = source.limit
         elif isinstance(self.tasks[source.task], Unread):
-            rows = source.limit or 0
+            rows = 0
         else:
-            rows = len(self.tasks[source.task].examples(source.limit, 0))
+            rows = len(self.tasks[source.task].examples())
         return min(rows, source.limit or rows)
 
     def _prompt(self, name: str, task: str) -> float | None:
