@@ -1,7 +1,7 @@
 """The head and the loss as one op: hidden states in, scalar loss and its gradients out, no [T, V] ever kept.
 
-    linear_grpo_loss       loss = sum_t grpo_loss(linear_logprob(hidden, weight, targets, temperature), old, ref, A, w)[t]
-    linear_cross_entropy   loss = sum_t -w[t] * linear_logprob(hidden, weight, targets)[t]
+    linear_grpo_loss     loss = sum_t grpo_loss(linear_logprob(hidden, weight, targets, temperature), old, ref, A, w)[t]
+    linear_cross_entropy loss = sum_t -w[t] * linear_logprob(hidden, weight, targets)[t]
 
 A loss that is a sum over rows has its gradient the moment a row's log-probability is known. So both are taken in the
 forward pass, chunk by chunk: three products (6 T V H FLOPs) instead of the four of an op that makes its logits again in

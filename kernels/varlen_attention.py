@@ -14,9 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Score elements (heads * length^2) that padding may waste before a bucket is closed. A bucket more costs about 0.3 ms of
-# dispatch forward and backward. Measured on one core (Zen 5, D 16, forward and backward): 256 tokens of 8 sequences want
-# one bucket (0.5 ms; three: 0.8); 15k tokens in sequences of 20 to 80 want five (45 ms; one: 58, twenty: 55).
+from r1fast_kernels.op import Case, Op, Tolerance, register
+
+
+def check(q, k, v, cu_seqlens, max_seqlen, scale) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"varlen_attention: q must be [T, Hq, D], k and v [T, Hkv, D], "
+            f"not {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"varlen_attention: {q.shape[1]} query heads do not divide over {k.shape[1]} key heads")
+    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"varlen_attention: q, k and v must be of one float dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"varlen_attention: cu_seqlens must be int32 [B+1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if k.device != q.device or v.device != q.device or cu_seqlens.device != q.device:
+        raise ValueError("varlen_attention: q, k, v and cu_seqlens must live on one device")
+
+
+# Score elements (heads * length^2) that padding may waste before a bucket is closed; a bucket more costs about 0.3 ms
+# of dispatch. Measured forward and backward on one Zen 5 core, 4 + 2 heads of 16: 256 tokens of 8 sequences want one
+# bucket (0.5 ms; three: 0.8), 15k tokens in sequences of 20 to 80 want five or six (38 ms; one: 51, twenty: 46).
 BUCKET_WASTE = 100_000
 
 
@@ -24,16 +47,19 @@ class Plan(NamedTuple):
     """Sequences in buckets of similar length, each padded on the right to its longest."""
 
     buckets: tuple[tuple[int, int], ...]  # (sequences, longest) of each
-    source: Tensor  # int64 [padded places]: the row of the pack that lies there; any row of the sequence where padding does
+    source: Tensor  # int64 [padded places]: the row of the pack that lies there; any row where padding does
     place: Tensor  # int64 [T]: the padded place of each row of the pack
+    longest: int
 
 
-def plan(cu_seqlens: Tensor, heads: int) -> Plan:
+def plan(cu_seqlens: Tensor, rows: int, heads: int) -> Plan:
     """Sort sequences by length and close a bucket when its padding wastes more than one bucket costs."""
     ends = cu_seqlens.long()
     lengths, order = (ends[1:] - ends[:-1]).sort(descending=True, stable=True)
     starts = ends[:-1][order]
     listed = lengths.tolist()
+    if not listed or listed[-1] < 0 or int(ends[0]) != 0 or sum(listed) != rows:
+        raise ValueError(f"varlen_attention: cu_seqlens must ascend from 0 to {rows}, the rows of q")
     edges, waste = [0], 0
     for i, n in enumerate(listed):
         waste += heads * (listed[edges[-1]] ** 2 - n**2)
@@ -51,23 +77,23 @@ def plan(cu_seqlens: Tensor, heads: int) -> Plan:
     source, held = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (sources, held))
     filled = held.nonzero().squeeze(1)
     place = torch.empty_like(filled).index_copy_(0, source.index_select(0, filled), filled)
-    return Plan(tuple(buckets), source.clamp(max=max(place.shape[0] - 1, 0)), place)
+    return Plan(tuple(buckets), source.clamp(max=rows - 1), place, listed[0])
 
 
 # The layers of a model attend over the same pack: the last plan is kept with the very tensor it was made from (0.3 ms).
 _last: tuple = (None, None, None)
 
 
-def _plan_of(cu_seqlens: Tensor, heads: int) -> Plan:
+def _plan_of(cu_seqlens: Tensor, rows: int, heads: int) -> Plan:
     global _last
-    key = (heads, cu_seqlens._version)
+    key = (rows, heads, cu_seqlens._version)
     last = _last
     if last[0] is not cu_seqlens or last[1] != key:
-        _last = last = (cu_seqlens, key, plan(cu_seqlens, heads))
+        _last = last = (cu_seqlens, key, plan(cu_seqlens, rows, heads))
     return last[2]
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None) -> Tensor:
+def reference(q, k, v, cu_seqlens, max_seqlen, scale) -> Tensor:
     """Gather the pack into padded buckets and call torch's causal attention on each.
 
     No mask is needed: a causal row never sees what is after it, and padded rows are not read back. Against products and
@@ -75,17 +101,80 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """
     if not q.shape[0]:
         return q * 0
-    buckets, source, place = _plan_of(cu_seqlens, q.shape[1])
+    buckets, source, place, longest = _plan_of(cu_seqlens, q.shape[0], q.shape[1])
+    if longest > max_seqlen:
+        raise ValueError(f"varlen_attention: max_seqlen is {max_seqlen}, but a sequence has {longest} tokens")
     padded = [x.index_select(0, source) for x in (q, k, v)]
     grouped = q.shape[1] != k.shape[1]
     results, start = [], 0
-    for count, longest in buckets:
-        stop = start + count * longest
-        one = (x[start:stop].view(count, longest, *x.shape[1:]).transpose(1, 2) for x in padded)
+    for count, width in buckets:
+        stop = start + count * width
+        one = (x[start:stop].view(count, width, *x.shape[1:]).transpose(1, 2) for x in padded)
         out = F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=grouped)
         results.append(out.transpose(1, 2).reshape(stop - start, *q.shape[1:]))
         start = stop
     return (torch.cat(results) if len(results) > 1 else results[0]).index_select(0, place)
+
+
+def _case(size: str, lengths: list[int], heads: int, kv_heads: int, width: int, scale: float | None = None) -> Case:
+    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, width, generator=generator).to(device, dtype)
+        q, k, v = (x.contiguous() for x in qkv.split([heads, kv_heads, kv_heads], 1))
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        return q, k, v, ends.to(device), max(lengths), scale
+
+    return Case(f"{len(lengths)} sequences of up to {max(lengths)} {heads}+{kv_heads} heads of {width}", size, make)
+
+
+def cases() -> list[Case]:
+    return [
+        _case("tiny", [5, 9, 1, 12], 4, 2, 16),
+        _case("ragged", [1, 0, 130, 17, 64, 3, 250], 6, 2, 24, 0.3),
+        _case("ragged", [33, 32, 31], 3, 3, 40),
+        _case("model", [40 + i % 21 for i in range(300)], 4, 2, 16),
+        _case("model", [1024] * 4, 12, 2, 128),
+    ]
+
+
+def invalid() -> list[tuple[str, tuple]]:
+    q, k, ends = torch.ones(6, 4, 8), torch.ones(6, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
+    return [
+        ("heads that do not divide", (q[:, :3], k, k, ends, 4, None)),
+        ("other rows in k", (q, k[:5], k[:5], ends, 4, None)),
+        ("two dtypes", (q, k.double(), k.double(), ends, 4, None)),
+        ("int64 cu_seqlens", (q, k, k, ends.long(), 4, None)),
+        ("cu_seqlens that end early", (q, k, k, ends - ends // 6, 4, None)),
+        ("cu_seqlens that descend", (q, k, k, ends[[0, 2, 1, 2]], 6, None)),
+        ("a max_seqlen that is too small", (q, k, k, ends, 3, None)),
+    ]
+
+
+def _flops(q, k, v, cu_seqlens, *_) -> int:
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return int((lengths * (lengths + 1) // 2).sum()) * 4 * q.shape[1] * q.shape[2]
+
+
+OP = register(
+    Op(
+        name="varlen_attention",
+        check=check,
+        reference=reference,
+        cases=cases,
+        invalid=invalid,
+        gradients=(0, 1, 2),
+        tolerances={
+            torch.float32: Tolerance(1e-5, 2e-6, "float32 products over D and an average over up to 1k values"),
+            torch.bfloat16: Tolerance(2**-7, 2**-6, "probabilities are rounded to 8 bits before they meet v"),
+        },
+        gradient_tolerances={
+            torch.float32: Tolerance(2e-5, 2e-5, "the gradient of a key sums over up to 1k queries"),
+            torch.bfloat16: Tolerance(2**-5, 2**-4, "as forward, and ds is rounded to 8 bits before its products"),
+        },
+        flops=_flops,
+        bytes=lambda q, k, *_: 2 * (q.numel() + k.numel()) * q.element_size(),
+    )
+)
 
 
 def varlen_attention(
@@ -103,6 +192,6 @@ def varlen_attention(
     q: float [T, Hq, D]. k, v: float [T, Hkv, D], Hkv divides Hq. cu_seqlens: int32 [B+1], from 0 to T, ascending.
     max_seqlen: at least the longest sequence. scale: D ** -0.5 where None.
     Returns [T, Hq, D] in q's dtype. Differentiable in q, k and v.
-    Raises ValueError on shapes or dtypes that do not fit.
+    Raises ValueError on shapes, dtypes or devices that do not fit, or cu_seqlens that do not cover the rows.
     """
-    return reference(q, k, v, cu_seqlens, max_seqlen, scale)
+    return OP(q, k, v, cu_seqlens, max_seqlen, scale, backend=backend)
