@@ -7,6 +7,7 @@ that text keeps its size from a phone to a desk. page.js reads the data-* attrib
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,11 +61,11 @@ def downsample(points: list[tuple[float, float]], most: int = MOST_POINTS) -> li
 
 
 def trend(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At each point the least-squares straight line through its neighbours, about an eighth of the series.
+    """At each point the least-squares straight line through its neighbours: an eighth of the series, 11 points at most.
 
     A plain running mean lies beside a steep curve and ends in a hook; a local line does neither (Cleveland 1979).
     """
-    half = max(2, len(points) // 16)
+    half = min(5, max(2, len(points) // 16))
     smooth = []
     for i, (x, _) in enumerate(points):
         near = points[max(0, i - half) : i + half + 1]
@@ -88,8 +89,8 @@ def line_chart(panel: Panel, lines: Sequence[Line]) -> Html:
     if not lines:
         return Html("")
     points = [downsample([(x, y) for x, y in line.known() if y > 0 or not panel.log]) for line in lines]
-    write = _writer(panel)
     y = _y_scale(panel, [value for series in points for _, value in series])
+    write = _writer(panel, y)
     left = 10 + CHARACTER * max(len(write(tick)) for tick in y.ticks)
     right = 14 + CHARACTER * max(len(line.label) for line in lines)
     x = steps_axis([step for series in points for step, _ in series], left, WIDTH - right)
@@ -111,8 +112,12 @@ def line_chart(panel: Panel, lines: Sequence[Line]) -> Html:
     return tag("figure", caption, svg)
 
 
-def _writer(panel: Panel) -> Callable[[float], str]:
-    return (lambda value: percent(value, 0)) if panel.share else short
+def _writer(panel: Panel, y: Scale) -> Callable[[float], str]:
+    """How the values of an axis are written: percentages with the digits that tell one tick from the next."""
+    if not panel.share:
+        return short
+    digits = max(0, math.ceil(-math.log10(100 * (y.ticks[1] - y.ticks[0])) - 1e-9))
+    return lambda value: percent(value, digits)
 
 
 def _y_scale(panel: Panel, values: list[float]) -> Scale:

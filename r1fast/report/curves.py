@@ -34,7 +34,7 @@ def sections(run: Run) -> list[tuple[str, str, Html]]:
     if reinforced:
         parts.append(("curves", "What RL does, step by step", _reinforced(reinforced)))
     if supervised:
-        parts.append(("losses", "Losses of the supervised stages", _supervised(supervised)))
+        parts.append(("losses", "Losses of the supervised stages", _supervised(run, supervised)))
     return parts
 
 
@@ -114,11 +114,14 @@ def _silent(stages: list[StageRecord]) -> str:
     return f"Not drawn, because zero or not recorded in every step: {', '.join(names)}." if names else ""
 
 
-def _supervised(stages: list[StageRecord]) -> Html:
+def _supervised(run: Run, stages: list[StageRecord]) -> Html:
     charts = []
+    eased = [s for s in stages if s.kind == "pretrain" and run.config["stages"][s.name].get("curriculum")]
+    names = " and ".join(stage.name for stage in eased)
+    jump = f"The loss of {names} jumps where the easy documents of the first part of pretraining end." if eased else ""
     for stage in stages:
         unit = {"reward_model": "pairwise loss"}.get(stage.kind, "loss, nats a token")
         charts.append(line_chart(Panel(stage.name, unit), [Line("loss", *stage.series("loss"), stage.paint)]))
         accuracy = Line("accuracy", *stage.series("accuracy"), stage.paint)
         charts.append(line_chart(Panel(stage.name, "pairs ordered right", share=True, whole=True), [accuracy]))
-    return tag("div", charts, class_="charts")
+    return tag("div", tag("p", jump, class_="how") if jump else None, tag("div", charts, class_="charts"))

@@ -42,7 +42,7 @@ def picture(run: Run) -> Html:
     lines = []
     for stage in run.stages.values():
         name = tag("dt", tag("span", stage.name, class_="stage"), style=stage.paint)
-        what = describe(run.config["stages"][stage.name])
+        what = describe(run.config["stages"][stage.name], counts=not stage.note)
         note = f" {stage.note[:1].upper()}{stage.note[1:]}." if stage.note else ""
         lines.append(tag("div", name, tag("dd", what, note)))
     return tag(
@@ -75,26 +75,33 @@ def drawing(run: Run) -> Html:
     )
 
 
-def describe(block: Mapping[str, Any]) -> str:
-    """A stage's settings in a line: how much of what, from its block of config.yaml."""
+def describe(block: Mapping[str, Any], counts: bool = True) -> str:
+    """A stage's settings in a line, from its block of config.yaml. `counts`: how much of everything, which the note of
+    a finished stage says already."""
     parts = [KIND_WORDS.get(block["kind"], block["kind"])]
     if block["kind"] == "pretrain":
         parts[0] += " from scratch"
     elif block.get("from"):
         parts[0] += f" from {block['from']}"
-    for unit in ("step", "epoch", "pair"):
-        if count := block.get(f"{unit}s"):
-            parts.append(f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s")
-    if block.get("prompts_per_step") and block.get("group_size"):
-        parts.append(f"{block['prompts_per_step']} prompts × {block['group_size']} samples a step")
-    if block["kind"] == "reject" and block.get("prompts") and block.get("samples"):
-        parts.append(f"{block['prompts']:,} prompts × {block['samples']} samples")
+    parts += _counts(block) if counts else []
     if block.get("mix"):
         parts.append("rewards " + "; ".join(_rewards(entry, len(block["mix"]) > 1) for entry in block["mix"]))
     if sources := [_source(source) for source in block.get("data") or []]:
         parts.append(f"on {' and '.join(sources)}")
     text = ", ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _counts(block: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for unit in ("step", "epoch", "pair"):
+        if count := block.get(f"{unit}s"):
+            parts.append(f"{count:,g} {unit}" if count == 1 else f"{count:,g} {unit}s")
+    if block.get("prompts_per_step") and block.get("group_size"):
+        parts.append(f"{block['prompts_per_step']} prompts × {block['group_size']} samples a step")
+    if block["kind"] == "reject" and block.get("prompts") and block.get("samples"):
+        parts.append(f"{block['prompts']:,} prompts × {block['samples']} samples")
+    return parts
 
 
 def _rewards(entry: Mapping[str, Any], several: bool) -> str:

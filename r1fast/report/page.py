@@ -185,18 +185,18 @@ def _limits(run: Run) -> Html:
         "Nothing here is invented by RL. The base was pretrained on a generated corpus that already holds tagged, "
         "longer and self-checking answers; RL selects them. At this size, growth in length and change of style are "
         "selection.",
-        "There is no “aha” to be seen. Words that correct a slip come from the corpus, and they become rarer, "
-        "not more frequent, as the slips vanish.",
+        "There is no “aha” to be seen. Words that correct a slip come from the corpus too; when this recipe was made "
+        "they became rarer, not more frequent, as the slips vanished.",
         "A model this small knows its generated world and nothing else; the numbers say that the recipe works, "
         "not how well a language model reasons.",
         "This is one run with one seed. Differences of a few points between runs are ordinary.",
     ]
     if overlap := _overlapping(run):
-        names = ", ".join(stage.name for stage in overlap[:-1]) + f" and {overlap[-1].name}"
+        names = " and ".join(filter(None, [", ".join(stage.name for stage in overlap[:-1]), overlap[-1].name]))
         points.insert(
             2,
-            f"The late stages differ by noise in accuracy: the intervals of {names} overlap. Language consistency and "
-            "the answers to general prompts are what tell them apart.",
+            f"Where intervals of pass@1 overlap, accuracy differs by noise; here those of {names} do. Language "
+            "consistency and the answers to general prompts are what tell late stages apart.",
         )
     return tag("ul", [tag("li", point) for point in points], class_="limits")
 

@@ -11,15 +11,16 @@ from r1fast.report.measures import Column, columns
 from r1fast.report.run import Run, StageRecord, number
 from r1fast.report.scale import duration, percent, short
 
-PHASES = ("sample", "score", "logprob", "learn", "evaluate", "other")
+PHASES = ("data", "sample", "score", "logprob", "learn", "evaluate", "other")
 RATED = ("sample", "learn")  # phases whose tokens a second are worth a column
 PHASE_WORDS = {
+    "data": "making training data",
     "sample": "sampling",
     "score": "scoring",
     "logprob": "log-probs of the policy and the reference",
     "learn": "learning",
     "evaluate": "evaluation",
-    "other": "all else (data, checkpoints, start)",
+    "other": "all else (checkpoints, start)",
 }
 
 
