@@ -163,7 +163,7 @@ def test_transcripts_are_the_first_problems_of_every_column(run_dir, page):
     assert len(first) == 5
     shown = page.sections["transcripts"]
     assert [shown.count(prompt) for prompt in first] == [1] * 5
-    assert "of training" not in shown and "the first 5 problems" in shown
+    assert "of training" not in shown and "the first problems of the test split" in shown
     for stage in ("base", "zero", "reasoning_rl", "all_rl", "distill"):
         assert shown.count(stage) == 5
     assert shown.count("✓ correct") + shown.count("✗ incorrect") == 25
@@ -175,6 +175,13 @@ def test_what_a_model_wrote_is_shown_and_not_run(run_dir, page):
     assert not [a for _, a in page.elements if any(key.startswith("on") for key in a)]
     policy = page.named("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
     assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+
+
+def test_endless_completions_are_shortened_and_said_so(tmp_path):
+    page = Page(write_report(write_run(tmp_path, completion="<think> " + "9 " * 60_000 + "</think> end")).read_text())
+    assert page.sections["transcripts"].count("[… 110,020 characters left out …]") == 5
+    assert page.sections["transcripts"].count("</think> end") == 5
+    assert (tmp_path / "report.html").stat().st_size < 1_500_000
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here to open the page in")

@@ -13,6 +13,7 @@ from r1fast.report.scale import short
 PROBLEMS = 5
 GENERAL = 3
 LONG = 420  # characters; above it the columns are wide and the text scrolls
+HEAD, TAIL = 7000, 3000  # characters shown of a completion that is longer: 40 of R1's length would be megabytes
 _TAG = re.compile(r"(</?think>|</?answer>)")
 _EDGES = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
 
@@ -44,11 +45,11 @@ def section(run: Run) -> Html:
     graded = [pair for pair in problems if pair[0].get("answer") is not None][:PROBLEMS]
     general = [pair for pair in problems if pair[0].get("answer") is None][:GENERAL]
     how = (
-        f"Not chosen: the first {len(graded)} problems of the test split, and the first completion that each stage "
+        "Not chosen: the first problems of the test split, in its order, and the first completion that each stage "
         "sampled for them in its evaluation."
     )
     if general:
-        how += f" Below them, likewise, the first {len(general)} prompts without a right answer."
+        how += " Below them, likewise, the first prompts that have no right answer."
     return tag("div", tag("p", how, class_="how"), [_problem(*pair, stages) for pair in graded + general])
 
 
@@ -70,7 +71,12 @@ def _card(stage: StageRecord, row: Mapping[str, Any]) -> Html:
     return tag(
         "section",
         tag("header", tag("b", stage.name, class_="stage"), verdict(row)),
-        tag("p", colored(row["completion"]), tag("span", " …cut off", class_="cut") if cut else None, class_="said"),
+        tag(
+            "p",
+            colored(shorten(row["completion"])),
+            tag("span", " …cut off", class_="cut") if cut else None,
+            class_="said",
+        ),
         tag("footer", tag("span", "reward ", tag("b", short(row["reward"]))) if "reward" in row else None, by_kind),
         class_="card",
         style=stage.paint,
@@ -85,6 +91,14 @@ def verdict(row: Mapping[str, Any]) -> Html | None:
     if accuracy >= 1:
         return tag("span", "✓ correct", class_="verdict yes")
     return tag("span", "✗ incorrect", class_="verdict no")
+
+
+def shorten(completion: str) -> str:
+    """The completion, or its beginning and its end with the number of characters left out between them."""
+    left_out = len(completion) - HEAD - TAIL
+    if left_out <= 0:
+        return completion
+    return f"{completion[:HEAD]}\n[… {left_out:,} characters left out …]\n{completion[-TAIL:]}"
 
 
 def colored(completion: str) -> Html:
