@@ -1,7 +1,8 @@
 """Completions of prompts from the trainer's own weights: paged, batched continuously, a group's prompt computed once.
 
-A call is a loop of steps. Each step prefills up to `prefill_tokens` prompt tokens that the scheduler admits, launches
-the samples of completed prompts from the same last row of logits, and decodes one token of every running sequence.
+A call is a loop of two kinds of step, in turn where there is work for both: one forwards up to `prefill_tokens` tokens
+of the prompts that the scheduler admits and launches the samples of each completed prompt from its last row of logits;
+the other decodes one token of every running sequence.
 
 Draws. Sample s of a prompt draws token t from noise keyed by (seed, prompt, s, t), where `prompt` names the prompt's
 tokens (and, among equal prompts of one call, which of them it is). So a request's tokens depend neither on what else is
@@ -192,10 +193,15 @@ class Sampler:
             call.weights_version = self.model.weights_version
             for request in call.requests:
                 scheduler.add(request)
+            chunks = []
             while not scheduler.done:
                 if self.model.weights_version != call.weights_version:
                     raise RuntimeError("the model's weights changed while it was sampling; the rest is not drawn")
-                yield self._step(call)
+                chunks = [] if chunks else scheduler.plan()  # in turn: prompts do not hold up those that decode
+                if chunks:
+                    yield self._prefill(call, chunks)
+                elif self._batch.size:
+                    yield self._decode(call)
             self.preemptions = scheduler.preemptions
         except BaseException:  # KeyboardInterrupt and GeneratorExit too: no block outlives its call
             if self._pool is not None:
@@ -205,13 +211,6 @@ class Sampler:
             self._busy = False
 
     @torch.inference_mode()
-    def _step(self, call: _Call) -> list[int]:
-        chunks = call.scheduler.plan()
-        finished = self._prefill(call, chunks) if chunks else []
-        if self._batch.size:
-            finished += self._decode(call)
-        return finished
-
     def _prefill(self, call: _Call, chunks: list[Chunk]) -> list[int]:
         """Forward the chunks end to end; the prompts that they complete launch and draw their first tokens."""
         hidden = self.model.forward_paged(self._prefill_step(chunks), self._kv)
@@ -251,6 +250,7 @@ class Sampler:
         )  # fmt: skip
         return PagedStep(*(torch.from_numpy(array).to(self.model.device) for array in arrays))
 
+    @torch.inference_mode()
     def _decode(self, call: _Call) -> list[int]:
         """One token of every running sequence."""
         batch = self._batch
