@@ -97,6 +97,11 @@ class Engine:
             assert steps < 5000, "no progress"
         assert self.pool.free == self.pool.blocks
         assert self.scheduler.available == self.pool.blocks
+        assert (self.scheduler._growth, self.scheduler._waiting_samples, self.scheduler._prefilling_samples) == (
+            0,
+            0,
+            0,
+        )
         return self.results
 
 
@@ -114,7 +119,7 @@ def assert_right(results, requests):
     assert results == {(r.index, s): expected(r, s) for r in requests for s in range(r.samples)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**32), size=st.integers(1, 5), spare=st.integers(0, 12), max_seqs=st.integers(1, 20),
     prefill_tokens=st.integers(1, 40), count=st.integers(1, 12),
@@ -195,6 +200,21 @@ def test_a_prefill_is_given_up_before_a_running_sequence():
     assert scheduler.grow([sequence]) == [] and not second.prefill.table
     pool.check(scheduler.tables())
     assert scheduler.running == 1
+
+
+@pytest.mark.parametrize(("limit", "blocks", "admitted"), [(7, 6, False), (7, 7, True), (3, 5, True), (3, 4, False)])
+def test_admission_leaves_room_for_those_that_run(limit, blocks, admitted):
+    """Two samples hold a block each and may ask for one more (limit 7) or none (limit 3); a third request needs three."""
+    scheduler = Scheduler(BlockPool(blocks, 4), 8, 100)
+    scheduler.add(Request(0, (1,), samples=2, limit=limit))
+    (chunk,) = scheduler.plan()
+    scheduler.computed(chunk)
+    scheduler.launch(chunk.prefill)
+    scheduler.add(Request(1, (2,) * 9, samples=1, limit=2))
+    assert bool(scheduler.plan()) == admitted
+    for sequence in chunk.prefill.sequences:
+        scheduler.finish(sequence)
+    assert admitted or scheduler.plan()
 
 
 def test_small_gaps_wait_until_an_eighth_of_the_batch_is_free():
