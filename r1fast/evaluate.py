@@ -102,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
         sampling=SamplingConfig(max_tokens=max_tokens, temperature=args.temperature, top_p=args.top_p),
     )
     with RewardPool() as pool:
-        result, measured = Evaluator(model, tokenizer, {task.name: task}, longest, pool).evaluate(protocol)
+        result, measured, _ = Evaluator(model, tokenizer, {task.name: task}, longest, pool).evaluate(protocol)
     rows = [
         {
             "id": group.prompt.id,

@@ -181,6 +181,7 @@ class RejectStage(StageBase):
     require: list[str] = ["accuracy", "format", "language"]  # rewards that must be 1 (language: above `readable`)
     readable: float = Field(1.0, ge=0, le=1)  # least share of the target language
     max_paragraph: PositiveInt = 2000  # characters; longer ones are dropped, as are code blocks in the reasoning
+    at_least: int = Field(1, ge=0)  # fewer kept samples than this stop the run: what follows would learn nothing
     general: list[DataSource] = []  # non-reasoning rows added as they are
     evaluate: bool = False
 

@@ -89,17 +89,21 @@ class Evaluator:
             answers=[[extract(r.text) for r in g.rollouts] for g in groups],
         )
 
-    def measure_general(self, task: Task, limit: int, sampling: SamplingConfig) -> dict[str, float]:
-        """Shares that the task itself defines (helpfulness, refusal), over held-out prompts."""
+    def measure_general(
+        self, task: Task, limit: int, sampling: SamplingConfig
+    ) -> tuple[dict[str, float], list[RolloutGroup]]:
+        """Shares that the task itself defines (helpfulness, refusal), over held-out prompts, and the samples."""
         values: dict[str, list[float]] = defaultdict(list)
-        for group in self.sample(task.problems("test", limit, SEED), sampling, GENERAL_SAMPLES):
+        groups = self.sample(task.problems("test", limit, SEED), sampling, GENERAL_SAMPLES)
+        for group in groups:
             for rollout in group.rollouts:
                 for name, value in task.measure(group.prompt.meta, rollout.text).items():
                     values[name].append(value)
-        return {name: sum(v) / len(v) for name, v in sorted(values.items())}
+        return {name: sum(v) / len(v) for name, v in sorted(values.items())}, groups
 
-    def evaluate(self, protocol: EvaluationConfig) -> tuple[dict, Measured]:
-        """The whole protocol on the test split: its numbers, and the samples at the protocol's own temperature."""
+    def evaluate(self, protocol: EvaluationConfig) -> tuple[dict, Measured, list[RolloutGroup]]:
+        """The whole protocol on the test split: its numbers, the samples at the protocol's own temperature, and those
+        of the general task."""
         began = time.perf_counter()
         task = self.tasks[protocol.task or next(iter(self.tasks))]
         problems = task.problems("test", protocol.limit, SEED)
@@ -112,9 +116,10 @@ class Evaluator:
         if protocol.greedy:
             cold = protocol.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0, "top_k": 0})
             greedy = self.measure(task, problems, cold, 1).pass_at_1
-        general = {}
+        general, general_groups = {}, []
         if protocol.general is not None:
-            general = self.measure_general(self.tasks[protocol.general], protocol.limit, protocol.sampling)
+            task_general = self.tasks[protocol.general]
+            general, general_groups = self.measure_general(task_general, protocol.limit, protocol.sampling)
         result = {
             "task": task.name,
             "problems": len(problems),
@@ -134,13 +139,13 @@ class Evaluator:
             "seconds": time.perf_counter() - began,
             "general": general,
         }
-        return result, main
+        return result, main, general_groups
 
 
-def log_evaluation(ctx: StageContext, step: int, result: dict, measured: Measured) -> None:
-    """Writes the evaluation to metrics.jsonl and the first problems' first samples to samples.jsonl."""
+def log_evaluation(ctx: StageContext, step: int, result: dict, shown: list[RolloutGroup]) -> None:
+    """Writes the evaluation to metrics.jsonl and the first sample of each shown group to samples.jsonl."""
     ctx.log.event(event="evaluation", stage=ctx.name, step=step, **result)
-    for group in measured.groups[:SHOWN]:
+    for group in shown:
         rollout = group.rollouts[0]
         ctx.log.sample(
             stage=ctx.name,
@@ -159,8 +164,9 @@ def evaluate_stage(ctx: StageContext, model, tokenizer, step: int, sampler: Samp
     """The evaluation that follows a stage, where the stage asks for it."""
     if not ctx.stage.evaluate:
         return None
-    result, measured = Evaluator.of(ctx, model, tokenizer, sampler).evaluate(ctx.recipe.evaluation)
-    log_evaluation(ctx, step, result, measured)
+    ctx.progress.note("evaluating")
+    result, main, general = Evaluator.of(ctx, model, tokenizer, sampler).evaluate(ctx.recipe.evaluation)
+    log_evaluation(ctx, step, result, main.groups[:SHOWN] + general[:SHOWN])
     return result
 
 
@@ -169,6 +175,7 @@ def run(ctx: StageContext) -> StageOutcome:
     stage: EvaluateStage = ctx.stage
     model, tokenizer = start_model(ctx, stage.from_)
     ctx.progress.stage(ctx.name, "evaluate", 1)
-    result, measured = Evaluator.of(ctx, model, tokenizer).evaluate(stage.protocol or ctx.recipe.evaluation)
-    log_evaluation(ctx, 0, result, measured)
+    protocol = stage.protocol or ctx.recipe.evaluation
+    result, main, general = Evaluator.of(ctx, model, tokenizer).evaluate(protocol)
+    log_evaluation(ctx, 0, result, main.groups[:SHOWN] + general[:SHOWN])
     return StageOutcome(stats={"pass@1": result["pass@1"], "cons@k": result["cons@k"]}, evaluation=result)

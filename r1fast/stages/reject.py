@@ -99,11 +99,12 @@ def run(ctx: StageContext) -> StageOutcome:
             phase_seconds=phases,
         )
         ctx.progress.update(done, kept=len(rows) / sampled)
-    if not rows:
+    if len(rows) < stage.at_least:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
         raise UserError(
-            f"stage {ctx.name!r} kept none of {sampled:,} samples ({reasons}): the checkpoint of {stage.from_!r} does "
-            f"not solve task {stage.task!r} yet, or `require` asks too much"
+            f"stage {ctx.name!r} kept {len(rows)} of {sampled:,} samples, at_least is {stage.at_least} (dropped: "
+            f"{reasons}): the checkpoint of {stage.from_!r} does not solve task {stage.task!r} yet, or `require` asks "
+            f"too much"
         )
     general = collect_examples(ctx, stage.general, ctx.seed) if stage.general else []
     Random(ctx.seed).shuffle(rows)
