@@ -17,7 +17,9 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 X86 = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
 # csrc/cpu is compiled once per instruction set, and the module chooses at import: it runs on any x86-64.
-ISAS = {"generic": [], **({"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4"]} if X86 else {})}
+ISAS = {"generic": []}
+if X86:
+    ISAS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall"]
 # Let loops over exp and comparisons become SIMD; NaN and infinity keep their meaning.

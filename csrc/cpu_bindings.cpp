@@ -20,13 +20,13 @@ T* at(Address address) {
 // A table of the functions of one instruction set, filled from its namespace.
 struct Ops {
   const char* name;
-#define R1_FIELD(op) decltype(&r1::generic::op) op;
-  R1_FIELD(group_advantage)
-  R1_FIELD(group_advantage_ids)
-  R1_FIELD(philox_words)
+#define R1_FIELD(isa, op) decltype(&r1::isa::op) op;
+  R1_CPU_NAMES(R1_FIELD, generic)
 };
 
-#define R1_TABLE(isa) {#isa, r1::isa::group_advantage, r1::isa::group_advantage_ids, r1::isa::philox_words}
+#define R1_ENTRY(isa, op) r1::isa::op,
+#define R1_TABLE(isa) \
+  { #isa, R1_CPU_NAMES(R1_ENTRY, isa) }
 
 #if defined(R1_X86)
 const Ops v4 = R1_TABLE(x86_64_v4), v3 = R1_TABLE(x86_64_v3);
@@ -69,6 +69,49 @@ PYBIND11_MODULE(_cpu, m) {
         if (!ops.group_advantage_ids(at<const float>(rewards), at<const int64_t>(ids), at<float>(out), count, normalize,
                                      eps))
           throw std::bad_alloc();
+      },
+      Release());
+  m.def(
+      "paged_append",
+      [&ops](Address k, int64_t k_stride, Address v, int64_t v_stride, Address keys, Address values, Address slots,
+             int64_t tokens, int64_t row, int64_t all_slots) {
+        if (!ops.paged_append(at<const float>(k), k_stride, at<const float>(v), v_stride, at<float>(keys),
+                              at<float>(values), at<const int64_t>(slots), tokens, row, all_slots))
+          throw std::invalid_argument("paged_append: a slot lies outside the cache, which has " +
+                                      std::to_string(all_slots));
+      },
+      Release());
+  m.def(
+      "paged_attention",
+      [&ops](Address q, int64_t q_stride, Address keys, Address values, Address tables, int64_t table_stride,
+             Address contexts, Address out, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t width,
+             int64_t blocks, int64_t block, int64_t columns, float scale) {
+        const int status = ops.paged_attention(at<const float>(q), q_stride, at<const float>(keys),
+                                               at<const float>(values), at<const int32_t>(tables), table_stride,
+                                               at<const int32_t>(contexts), at<float>(out), sequences, heads, kv_heads,
+                                               width, blocks, block, columns, scale);
+        if (status == 1) throw std::invalid_argument("paged_attention: the queries of one key head are too wide");
+        if (status == 2)
+          throw std::invalid_argument("paged_attention: context_lens must lie in [1, " +
+                                      std::to_string(columns * block) + "], what " + std::to_string(columns) +
+                                      " blocks of " + std::to_string(block) + " hold");
+        if (status == 3)
+          throw std::invalid_argument("paged_attention: block_tables names a block outside the cache, which has " +
+                                      std::to_string(blocks));
+      },
+      Release());
+  m.def(
+      "sample_token",
+      [&ops](Address logits, Address seed, Address sequence, Address position, Address temperature, Address top_k,
+             Address top_p, Address token, Address logprob, Address logprob_full, int64_t rows, int64_t vocabulary) {
+        const int status = ops.sample_token(
+            at<const float>(logits), at<const int64_t>(seed), at<const int64_t>(sequence), at<const int64_t>(position),
+            at<const float>(temperature), at<const int32_t>(top_k), at<const float>(top_p), at<int64_t>(token),
+            at<float>(logprob), at<float>(logprob_full), rows, vocabulary);
+        if (status == 1) throw std::invalid_argument("sample_token: temperature must be >= 0 in every row");
+        if (status == 2) throw std::invalid_argument("sample_token: top_k must be >= 0 in every row");
+        if (status == 3) throw std::invalid_argument("sample_token: top_p must be > 0 in every row");
+        if (status == 4) throw std::bad_alloc();
       },
       Release());
   m.def("philox_words", [&ops](Address counters, Address keys, Address out, int64_t count) {

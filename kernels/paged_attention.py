@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels import native
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 
 
 def _check_cache(op, k_cache, v_cache, like) -> None:
@@ -130,6 +131,49 @@ def reference_append(k, v, k_cache, v_cache, slot_mapping) -> None:
         raise ValueError(f"paged_append: a slot lies outside the cache, which has {slots}") from None
 
 
+WIDEST_GROUP = 4096  # floats of the query heads that share a key head, which the CPU kernel keeps on the stack
+
+
+def _cpu_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> str | None:
+    if q.dtype != torch.float32:
+        return f"it computes in float32, and q is {q.dtype}"
+    if cu_seqlens_q is not None:
+        return "it decodes: one query a sequence"
+    if q.shape[1] // k_cache.shape[2] * q.shape[2] > WIDEST_GROUP:
+        return f"the query heads of one key head hold more than {WIDEST_GROUP} numbers"
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        return "the caches are not contiguous"
+    return native.on_cpu(q, k_cache, v_cache, block_tables)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where each [heads, width] is contiguous, as in a slice of the joint projection; else a copy."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _cpu_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> Tensor:
+    q, table, lens = _rows(q), block_tables, context_lens.contiguous()
+    table = table if table.stride(1) == 1 else table.contiguous()
+    out = torch.empty(q.shape)
+    rows, heads, width = q.shape
+    blocks, block, kv_heads = k_cache.shape[:3]
+    addresses = (q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), table.data_ptr(), table.stride(0))
+    sizes = (rows, heads, kv_heads, width, blocks, block, table.shape[1])
+    native.cpu().paged_attention(*addresses, lens.data_ptr(), out.data_ptr(), *sizes, scale or width**-0.5)
+    return out
+
+
+def _cpu_append_supports(k, v, k_cache, *_rest) -> str | None:
+    return native.on_cpu(k_cache) if k.dtype == torch.float32 else f"it copies float32, and k is {k.dtype}"
+
+
+def _cpu_append(k, v, k_cache, v_cache, slot_mapping) -> None:
+    k, v, slots = _rows(k), _rows(v), slot_mapping.contiguous()
+    addresses = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr())
+    sizes = (k.shape[0], k.shape[1] * k.shape[2], k_cache.shape[0] * k_cache.shape[1])
+    native.cpu().paged_append(*addresses, slots.data_ptr(), *sizes)
+
+
 def _cache(
     blocks: int, block: int, kv_heads: int, width: int, device: str, dtype: torch.dtype, generator
 ) -> list[Tensor]:
@@ -228,6 +272,7 @@ OP = register(
         name="paged_attention",
         check=check,
         reference=reference,
+        backends={"cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports)},
         cases=cases,
         invalid=invalid,
         tolerances={
@@ -245,6 +290,7 @@ OP_APPEND = register(
         name="paged_append",
         check=check_append,
         reference=reference_append,
+        backends={"cpu": Backend(_cpu_append, unavailable=native.cpu_unavailable, supports=_cpu_append_supports)},
         cases=cases_append,
         invalid=invalid_append,
         mutates=(2, 3),

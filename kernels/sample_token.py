@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels import native
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 
 MULTIPLIER = ((0xD2511F53,), (0xCD9E8D57,))
 WEYL = ((0x9E3779B9,), (0xBB67AE85,))
@@ -152,6 +153,21 @@ def reference(logits, seed, sequence, position, temperature, top_k, top_p) -> tu
     return token.squeeze(1), logprob, full
 
 
+def _cpu_supports(logits, *rest) -> str | None:
+    return "it computes in float32" if logits.dtype == torch.float64 else native.on_cpu(logits)
+
+
+def _cpu_forward(logits, seed, sequence, position, temperature, top_k, top_p) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocabulary = logits.shape
+    logits = logits.float().contiguous()
+    keys = [x.contiguous() for x in (seed, sequence, position)]
+    settings = [temperature.float().contiguous(), top_k.int().contiguous(), top_p.float().contiguous()]
+    token, logprob, full = torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)
+    tensors = (logits, *keys, *settings, token, logprob, full)
+    native.cpu().sample_token(*(x.data_ptr() for x in tensors), rows, vocabulary)
+    return token, logprob, full
+
+
 def _case(size: str, rows: int, vocabulary: int, setting: str) -> Case:
     """`setting`: plain, truncated (every row by something) or mixed (greedy, truncated and plain rows)."""
 
@@ -203,6 +219,7 @@ OP = register(
         name="sample_token",
         check=check,
         reference=reference,
+        backends={"cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports)},
         cases=cases,
         invalid=invalid,
         tolerances={

@@ -1,19 +1,42 @@
-// What csrc/cpu gives: declared once per instruction set, see host_device.h. Pointers are to contiguous memory.
-// The files of csrc/cpu use no standard containers or algorithms: their templates would be shared between the
-// instruction sets by the linker. Loops over rows run on OpenMP threads where there is enough to do.
+// What csrc/cpu gives: declared once per instruction set, see host_device.h. Pointers are to contiguous memory unless a
+// stride (in elements) says otherwise. The files of csrc/cpu use no standard containers or algorithms: their templates
+// would be shared between the instruction sets by the linker. Rows run on OpenMP threads where there is enough to do.
 #pragma once
 
 #include "../common/host_device.h"
 
-#define R1_CPU_OPS                                                                                                   \
-  /* rewards, out: [groups * group_size] */                                                                          \
-  void group_advantage(const float* rewards, float* out, int64_t groups, int64_t group_size, bool normalize,         \
-                       double eps);                                                                                  \
-  /* rewards, ids, out: [count]; false when memory runs out */                                                       \
-  bool group_advantage_ids(const float* rewards, const int64_t* ids, float* out, int64_t count, bool normalize,      \
-                           double eps);                                                                              \
-  /* counters: [count, 4], keys: [count, 2], out: [count, 4] */                                                      \
-  void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* out, int64_t count);
+// Every function, for the table that the bindings fill once per instruction set.
+#define R1_CPU_NAMES(X, isa)  \
+  X(isa, group_advantage)     \
+  X(isa, group_advantage_ids) \
+  X(isa, paged_append)        \
+  X(isa, paged_attention)     \
+  X(isa, philox_words)        \
+  X(isa, sample_token)
+
+#define R1_CPU_OPS                                                                                                    \
+  /* rewards, out: [groups * group_size] */                                                                           \
+  void group_advantage(const float* rewards, float* out, int64_t groups, int64_t group_size, bool normalize,          \
+                       double eps);                                                                                   \
+  /* rewards, ids, out: [count]; false when memory runs out */                                                        \
+  bool group_advantage_ids(const float* rewards, const int64_t* ids, float* out, int64_t count, bool normalize,       \
+                           double eps);                                                                               \
+  /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all_slots, row]; false for a slot outside */        \
+  bool paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,   \
+                    const int64_t* slots, int64_t tokens, int64_t row, int64_t all_slots);                            \
+  /* One query a sequence. keys, values: [blocks, block, kv_heads, width]; tables: [sequences, columns]. */           \
+  /* 0, or 1: the queries of a key head are too wide, 2: a context does not fit its table, 3: a block is outside */   \
+  int paged_attention(const float* q, int64_t q_stride, const float* keys, const float* values,                       \
+                      const int32_t* tables, int64_t table_stride, const int32_t* contexts, float* out,               \
+                      int64_t sequences, int64_t heads, int64_t kv_heads, int64_t width, int64_t blocks,              \
+                      int64_t block, int64_t columns, float scale);                                                   \
+  /* counters: [count, 4], keys: [count, 2], out: [count, 4] */                                                       \
+  void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* out, int64_t count);                    \
+  /* logits: [rows, vocabulary], all others [rows]. 0, or which setting is out of its range: 1 temperature, */        \
+  /* 2 top_k, 3 top_p; or 4: memory ran out */                                                                        \
+  int sample_token(const float* logits, const int64_t* seed, const int64_t* sequence, const int64_t* position,        \
+                   const float* temperature, const int32_t* top_k, const float* top_p, int64_t* token,                \
+                   float* logprob, float* logprob_full, int64_t rows, int64_t vocabulary);
 
 namespace r1 {
 namespace generic {
