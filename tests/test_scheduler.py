@@ -204,7 +204,7 @@ def test_a_prefill_is_given_up_before_a_running_sequence():
 
 @pytest.mark.parametrize(("limit", "blocks", "admitted"), [(7, 6, False), (7, 7, True), (3, 5, True), (3, 4, False)])
 def test_admission_leaves_room_for_those_that_run(limit, blocks, admitted):
-    """Two samples hold a block each and may ask for one more (limit 7) or none (limit 3); a third request needs three."""
+    """Two samples hold a block each and may ask for one more (limit 7) or none (limit 3); the newcomer needs three."""
     scheduler = Scheduler(BlockPool(blocks, 4), 8, 100)
     scheduler.add(Request(0, (1,), samples=2, limit=limit))
     (chunk,) = scheduler.plan()
