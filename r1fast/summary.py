@@ -118,7 +118,7 @@ def _claim(text: str, value: float, holds: bool) -> dict[str, Any]:
 
 
 def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def one_line(record: Mapping) -> str:
@@ -131,24 +131,20 @@ def one_line(record: Mapping) -> str:
     return "  ".join([*parts, f"length {evaluation['length']:.0f}"])
 
 
-def table(summary: Mapping) -> RenderableType:
-    """The stage table and the claims, for a rich console."""
+def table(summary: Mapping, width: int = 200) -> RenderableType:
+    """The stage table and the claims, for a rich console of so many columns; a narrow one gets the main measures."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    evaluations = [stage["evaluation"] for stage in summary["stages"] if stage["evaluation"]]
-    general = list(dict.fromkeys(name for e in evaluations for name in e.get("general") or {}))
-    k = evaluations[0]["k"] if evaluations else 16
+    columns = {title: cells for title, cells in _columns(summary).items() if any(cells)}
+    if width < _WIDE:
+        columns = {title: cells for title, cells in columns.items() if title in _NARROW or title.startswith("cons@")}
     grid = Table(title=f"{summary['recipe']}, seed {summary['seed']}", title_justify="left")
-    for column in ("stage", "kind", "from"):
-        grid.add_column(column, no_wrap=column == "stage")
-    measures = ("pass@1", "95%", f"cons@{k}", "T=1", "greedy", "format", "language", "length", *general, "s")
-    for column in measures:
-        grid.add_column(column, justify="right", no_wrap=True)
-    for stage in summary["stages"]:
-        row = [stage["name"], stage["kind"], stage["from"] or ""]
-        grid.add_row(*row, *_cells(stage["evaluation"], general), f"{stage['seconds']:.1f}")
+    for title in columns:
+        grid.add_column(title, justify="left" if title in ("stage", "kind", "from") else "right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        grid.add_row(*row)
     lines = [
         Text(f"{'✓' if c['holds'] else '✗'} {c['claim']}", style="green" if c["holds"] else "yellow")
         for c in summary["checks"]
@@ -156,10 +152,26 @@ def table(summary: Mapping) -> RenderableType:
     return Group(grid, *lines)
 
 
-def _cells(evaluation: Mapping | None, general: Sequence[str]) -> list[str]:
-    if not evaluation:
-        return [""] * (8 + len(general))
-    interval = f"{percent(evaluation['pass@1_low'])}-{percent(evaluation['pass@1_high'])}"
-    shares = [percent(evaluation.get(key)) for key in ("cons@k", "pass@1_t1", "greedy", "format", "language")]
-    others = [percent((evaluation.get("general") or {}).get(name)) for name in general]
-    return [percent(evaluation["pass@1"]), interval, *shares, f"{evaluation['length']:.0f}", *others]
+_WIDE = 130  # columns of a terminal that hold the whole table
+_NARROW = ("stage", "pass@1", "format", "language", "length", "s")
+
+
+def _columns(summary: Mapping) -> dict[str, list[str]]:
+    """Title -> a cell for every stage, empty where it was not measured."""
+    stages = summary["stages"]
+    evaluations = [stage["evaluation"] or {} for stage in stages]
+    general = list(dict.fromkeys(name for e in evaluations for name in e.get("general") or {}))
+    k = next((e["k"] for e in evaluations if e), 16)
+    shares = {"T=1": "pass@1_t1", "greedy": "greedy", "format": "format", "language": "language"}
+    return {
+        "stage": [stage["name"] for stage in stages],
+        "kind": [stage["kind"] for stage in stages],
+        "from": [stage["from"] or "" for stage in stages],
+        "pass@1": [percent(e.get("pass@1")) for e in evaluations],
+        "95%": [f"{percent(e['pass@1_low'])}-{percent(e['pass@1_high'])}" if e else "" for e in evaluations],
+        f"cons@{k}": [percent(e.get("cons@k")) for e in evaluations],
+        **{title: [percent(e.get(key)) for e in evaluations] for title, key in shares.items()},
+        "length": [f"{e['length']:.0f}" if e else "" for e in evaluations],
+        **{name: [percent((e.get("general") or {}).get(name)) for e in evaluations] for name in general},
+        "s": [f"{stage['seconds']:.1f}" for stage in stages],
+    }

@@ -111,7 +111,7 @@ def train(recipe: RecipeConfig, out: Path, options: argparse.Namespace, argv: Se
 
     console = Console()
     console = console if console.is_terminal else Console(width=160)
-    console.print(table(summary))
+    console.print(table(summary, console.width))
     _write_report(out)
     return 0
 

@@ -225,7 +225,9 @@ def test_ctrl_c_says_what_is_done_and_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "r1fast.train", "tiny", "threads=1", "--out", "a run", "--fresh"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    # A shell starts background jobs with the signal ignored, and children inherit that.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, **heard)
     log, waited = tmp_path / "a run" / "metrics.jsonl", time.monotonic() + 60
     while not (log.is_file() and '"step"' in log.read_text()):
         assert process.poll() is None and time.monotonic() < waited, "the run never took a step"

@@ -1,11 +1,13 @@
 """The graph of stages, fingerprints, and runs that are interrupted, resumed and changed; stages are fakes here."""
 
+import io
 import json
 import random
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from r1fast import graph
 from r1fast.config import UserError, load_recipe
@@ -13,7 +15,7 @@ from r1fast.metrics import read_events
 from r1fast.progress import PlainProgress
 from r1fast.recipe import finished_stages, run
 from r1fast.stages.context import StageOutcome
-from r1fast.summary import claims, phase_totals
+from r1fast.summary import claims, phase_totals, table
 
 RECIPE = """\
 name: fake
@@ -383,6 +385,20 @@ def test_claims_are_measured_and_told_also_when_they_fail(load):
     worse = {**scores, "distill": evaluation(0.4)}
     assert [c["holds"] for c in claims(load(), worse) if "distilling" in c["claim"]] == [False]
     assert claims(load(), {**scores, "student": None})[-2]["claim"].startswith("cons@2")
+
+
+@pytest.mark.parametrize(("width", "titles"), [(200, ["kind", "95%", "greedy"]), (80, [])])
+def test_the_table_fits_the_terminal(load, stages, tmp_path, width, titles):
+    summary = go(load(), tmp_path / "run")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(summary, width))
+    lines = console.export_text().splitlines()
+    header = next(line for line in lines if "stage" in line)
+    assert all(title in header for title in ["pass@1", "cons@2", "format", "language", "length", *titles])
+    assert ("kind" in header) == bool(titles) and "…" not in header
+    zero = next(line for line in lines if line.startswith("│ zero"))
+    assert zero.split("│")[4 if titles else 2].strip() == "60.0"
+    assert any(line.startswith("✗ RL adds at least 25 points of pass@1: all_rl 60.0% from sft 50.0%") for line in lines)
 
 
 def test_phase_totals():
