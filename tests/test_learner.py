@@ -194,15 +194,15 @@ def test_groups_of_older_weights_keep_the_samplers_log_probs(forwards):
 
 
 def long_way(model: Decoder, groups, objective, old: str, mini_batches: int, epochs: int, reference=None) -> None:
-    """The same update with nothing left out and nothing reused: every row is forwarded, one at a time."""
+    """The same update at temperature 0.7, with nothing left out or reused: every row forwarded, one at a time."""
     learner = learner_of(model)
     rows = rows_from_groups(groups, advantages(groups, objective.normalize_std))
     for i, row in enumerate(rows):
         batches = pack([row], None, 1)
         if old == "recompute":
-            row = replace(row, old_logprobs=log_probs(model, batches)[0].tolist())
+            row = replace(row, old_logprobs=log_probs(model, batches, 0.7)[0].tolist())
         if reference is not None:
-            row = replace(row, ref_logprobs=log_probs(reference, batches)[0].tolist())
+            row = replace(row, ref_logprobs=log_probs(reference, batches, 0.7)[0].tolist())
         rows[i] = row
     random, size = Random(3), len(groups[0].rollouts)
     for _ in range(epochs):
@@ -211,7 +211,7 @@ def long_way(model: Decoder, groups, objective, old: str, mini_batches: int, epo
         for index in range(mini_batches):
             part = [rows[g * size + k] for g in order[index::mini_batches] for k in range(size)]
             batches = pack(part, loss_weights(part, objective.aggregate, 16), 1)
-            learner.step(batches, lambda model, batch: policy_loss(model, batch, objective))
+            learner.step(batches, lambda model, batch: policy_loss(model, batch, objective, 0.7))
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
@@ -224,8 +224,8 @@ def test_an_update_is_the_long_ways(aggregate, importance, kl):
     objective = ObjectiveConfig(aggregate=aggregate, importance=importance, kl_coef=kl, clip_low=0.1, clip_high=0.1)
     start, slow = weights_of(model).clone(), copy.deepcopy(model)
     long_way(slow, groups, objective, "recompute", 2, 2, reference if kl else None)
-    settings = {"random": Random(3), "mini_batches": 2, "epochs": 2, "max_tokens": 16, "micro_batch_tokens": 30}
-    update = learner_of(model).train_policy(groups, objective, reference=reference, **settings)
+    settings = {"mini_batches": 2, "epochs": 2, "max_tokens": 16, "micro_batch_tokens": 30, "temperature": 0.7}
+    update = learner_of(model).train_policy(groups, objective, random=Random(3), reference=reference, **settings)
     assert update.groups_trained == (5 if kl else 3)
     assert update.clip_fraction > 0
     # log-probs are handed on in float32: 1e-7 in a ratio, which Adam's division makes larger for tiny gradients
