@@ -15,6 +15,7 @@ from r1fast.model.decoder import Decoder, DecoderConfig
 from r1fast.model.weights import load
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.types import Prompt
+from r1fast_kernels import use_backend
 
 VOCABULARY = 53
 
@@ -383,11 +384,12 @@ def test_weights_that_are_not_finite_are_named_and_leave_nothing_behind(model):
         with torch.no_grad():
             model.embedding.fill_(torch.nan)
         with pytest.raises(RuntimeError, match="not finite"):
-            sampler.sample([[1, 2]], params)
+            sampler.sample([[1] * 12], params)  # longer: its block would keep places that the next call does not write
     finally:
         with torch.no_grad():
             model.embedding.copy_(weights)
-    assert tokens_of(sampler.sample([[1, 2]], params)) == tokens_of(expected)
+    with use_backend("reference"):
+        assert tokens_of(sampler.sample([[1, 2]], params)) == tokens_of(expected)
 
 
 def test_a_settled_sampler_touches_no_fresh_memory():

@@ -280,9 +280,8 @@ class Sampler:
         drawn = sample_token(logits, *batch.noise(first))
         tokens, logprobs = drawn.token.cpu().numpy(), drawn.logprob.cpu().numpy()
         if not np.isfinite(logprobs).all():
-            self._kv = self._pool = (
-                None  # what is not a number would outlive its block: a masked weight times it is one
-            )
+            # What is not a number would outlive its block: under a mask it is multiplied by zero, and stays.
+            self._kv = self._pool = None
             raise RuntimeError("the model's logits are not finite; its weights are broken, or training has diverged")
         rows = batch.record(first, tokens, logprobs)
         if not rows:
