@@ -1,0 +1,154 @@
+"""The reference of sampling: Random123's known answers, exact truncation, and the distribution that is drawn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import r1fast_kernels as k
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
+# counter (0, 1, 2, 3), key (0, 1), output: kat_vectors of Random123, philox4x32 with 10 rounds
+KNOWN = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+def module():
+    import sys
+
+    k.sample_token.__doc__  # noqa: B018  the module is imported with the first use of its op
+    return sys.modules["r1fast_kernels.sample_token"]
+
+
+def draw(rows: int, logits: Tensor = LOGITS, **settings) -> k.sample_token:
+    """One token for each of `rows` sequences with the same logits."""
+    return k.sample_token(logits.expand(rows, -1), seed=11, sequence=torch.arange(rows), position=3, **settings)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_philox_known_answers(kind):
+    number = np.array if kind == "numpy" else torch.tensor
+    counters, keys, expected = (number(column).T for column in zip(*KNOWN, strict=True))
+    even, odd = module().philox(counters[0::2], counters[1::2], keys)
+    found = [even[0], odd[0], even[1], odd[1]]
+    assert all((f == e).all() for f, e in zip(found, expected, strict=True))
+
+
+def test_uniform_is_a_function_of_seed_sequence_and_position_with_all_their_bits():
+    one = torch.tensor([5])
+    base = module().uniform(one, one, one)
+    for i in range(3):
+        for bit in (0, 31, 32, 62):
+            changed = [one.clone() for _ in range(3)]
+            changed[i] ^= 1 << bit
+            assert module().uniform(*changed) != base, (i, bit)
+    many = module().uniform(torch.zeros(50_000).long(), torch.arange(50_000), torch.zeros(50_000).long())
+    assert many.min() >= 0 and many.max() < 1
+    counts = torch.histc(many, 50, 0, 1)
+    assert ((counts - 1000).square() / 1000).sum() < 86  # chi-square, 49 degrees of freedom, p = 0.001
+
+
+def chi_square(tokens: Tensor, p: Tensor) -> float:
+    """Statistic over the tokens of probability > 0; none of the others may occur."""
+    counts = torch.bincount(tokens, minlength=p.shape[0]).double()
+    assert counts[p == 0].sum() == 0
+    counts, expected = counts[p > 0], p[p > 0].double() * tokens.shape[0]
+    return ((counts - expected).square() / expected).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, 6),
+        ({"temperature": 0.5}, 6),
+        ({"temperature": 2.0}, 6),
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.7}, 2),
+        ({"temperature": 2.0, "top_k": 4, "top_p": 0.8}, 3),
+    ],
+)
+def test_the_drawn_distribution(settings, kept):
+    """20,000 sequences; `kept` likeliest tokens survive, as worked out by hand from the softmax."""
+    full = torch.softmax(LOGITS / settings.get("temperature", 1.0), 0)
+    p = torch.where(torch.arange(6) < kept, full, 0.0)
+    p = p / p.sum()
+    drawn = draw(20_000, **settings)
+    assert chi_square(drawn.token, p) < 20.5  # 5 degrees of freedom, p = 0.001
+    torch.testing.assert_close(drawn.logprob, p.log()[drawn.token])
+    torch.testing.assert_close(drawn.logprob_full, full.log()[drawn.token])
+
+
+def kept_by_sorting(p: Tensor, top_k: int, top_p: float) -> set[int]:
+    """The contract, on Python numbers: by probability and then index; top_k, then the smallest set reaching top_p."""
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    order = order[:top_k] if top_k else order
+    total, reached, kept = sum(p[i] for i in order), 0.0, set()
+    for i in order:
+        if kept and reached >= top_p * total and top_p < 1:
+            break
+        kept.add(i)
+        reached += p[i]
+    return kept
+
+
+def test_truncation_keeps_exactly_the_smallest_set_ties_by_index():
+    """Probabilities are multiples of 1/64 with many ties, so that sums are exact and every boundary is hit."""
+    generator = torch.Generator().manual_seed(0)
+    for case in range(300):
+        cuts = torch.randint(1, 5, (12,), generator=generator).double()
+        p = cuts / 64
+        p[-1] += 1 - p.sum()
+        p = p[torch.randperm(12, generator=generator)]
+        top_k = [0, 1, 3, 5, 12, 40][case % 6]
+        top_p = [1.0, 0.25, 0.5, 1e-9, 0.75][case % 5]
+        keep = module().kept(p[None], torch.tensor([top_k]), torch.tensor([top_p], dtype=torch.float64))
+        assert set(keep[0].nonzero()[:, 0].tolist()) == kept_by_sorting(p.tolist(), top_k, top_p), (p, top_k, top_p)
+
+
+def test_a_sequence_draws_the_same_whatever_the_batch():
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(64, 50, generator=generator)
+    number = torch.arange(64)
+    temperature = torch.where(number % 5 == 0, 0.0, 0.6 + 0.1 * (number % 3))
+    top_k = torch.where(number % 4 == 1, 7, 0).int()
+    top_p = torch.where(number % 4 == 2, 0.8, 1.0)
+    settings = (torch.full((64,), 9), number + 100, number // 2, temperature, top_k, top_p)
+    together = k.sample_token(logits, *settings)
+    order = torch.randperm(64, generator=generator)
+    for rows in (order, order[:7], number[3:4], number[6:7], number[5:6]):
+        apart = k.sample_token(logits[rows], *(x[rows] for x in settings))
+        for a, b in zip(apart, together, strict=True):
+            assert torch.equal(a, b[rows])
+
+
+def test_greedy_takes_the_first_of_the_largest_and_says_its_untempered_probability():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, -1.0, 0.0, 3.0]])
+    drawn = k.sample_token(logits, 0, torch.arange(2), 0, temperature=0.0, top_k=1, top_p=0.1)
+    assert drawn.token.tolist() == [1, 0]
+    expected = torch.log_softmax(logits, -1)[torch.arange(2), drawn.token]
+    torch.testing.assert_close(drawn.logprob, expected)
+    torch.testing.assert_close(drawn.logprob_full, expected)
+
+
+def test_impossible_tokens_are_never_drawn():
+    """-inf logits at both ends, where a uniform of 0 or nearly 1 would land."""
+    logits = torch.full((8,), -math.inf)
+    logits[2:5] = torch.tensor([0.0, -30.0, 1.0])
+    assert set(draw(5000, logits).token.tolist()) == {2, 4}
+    for u in (0.0, 1 - 2**-24):
+        p = torch.softmax(logits, 0).cumsum(0)
+        assert torch.searchsorted(p, p[-1] * u, right=True) in (2, 4)
+
+
+def test_nothing_to_draw():
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert k.sample_token(torch.zeros(0, 5), empty, empty, empty).token.shape == (0,)
