@@ -1,4 +1,4 @@
-"""A recipe small enough for a test: the graph of `tiny`, sums of one or two operations, seconds a stage."""
+"""A recipe small enough for a test: the graph of `tiny`, sums of one to three operations, seconds a stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from r1fast.config import load_recipe
 from r1fast.progress import PlainProgress
 from r1fast.recipe import run
 
-EASY = "{total_max: 12, start: [1, 6], operand: [1, 5], operations: [1, 2]}"
+EASY = "{total_max: 20, start: [1, 10], operand: [1, 5], operations: [1, 3]}"
 MICRO = (
     "threads=1",
     f"tasks.totals.options={EASY}",

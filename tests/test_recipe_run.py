@@ -68,7 +68,9 @@ def test_checkpoints_load_in_transformers_with_equal_logits(done):
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         ours, tokenizer = r1fast.load(folder)
         text = [{"role": "user", "content": "compute 3 mon + 4 ?"}]
-        tokens = AutoTokenizer.from_pretrained(folder).apply_chat_template(text, add_generation_prompt=True)["input_ids"]
+        tokens = AutoTokenizer.from_pretrained(folder).apply_chat_template(text, add_generation_prompt=True)[
+            "input_ids"
+        ]
         assert tokens == tokenizer.apply_chat_template(text, add_generation_prompt=True)["input_ids"]
         tokens = torch.tensor(tokens)
         with torch.no_grad():
@@ -80,7 +82,7 @@ def test_checkpoints_load_in_transformers_with_equal_logits(done):
 
 
 def test_kept_samples_are_right_and_readable(done):
-    out, summary = done
+    out, _ = done
     rows = read_rows(out / "stages" / "rejection" / "rows.jsonl")
     stats = json.loads((out / "stages" / "rejection" / "stage.json").read_text())["stats"]
     totals = [row for row in rows if row.task == "totals"]
@@ -101,7 +103,7 @@ def test_the_second_sft_starts_from_the_base(done):
 
 
 def test_a_resumed_run_reuses_what_is_whole_and_ends_with_the_same_bits(done, tmp_path):
-    """Everything from `sft` on is removed as a crash there would leave it: what comes after must be equal bit by bit."""
+    """Everything from `sft` on is removed as after a crash: what is done again must be equal bit by bit."""
     out, _ = done
     again = tmp_path / "tiny"
     shutil.copytree(out, again)

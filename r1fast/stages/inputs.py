@@ -138,8 +138,6 @@ def read_rows(path: Path) -> list[Example]:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}:{number}: not a row with `prompt` and `completion`: {error}") from error
         rows.append(example)
-    if not rows:
-        raise UserError(f"{path} holds no rows")
     return rows
 
 
@@ -161,6 +159,8 @@ def collect_examples(ctx: StageContext, sources: list[DataSource], seed: int) ->
             rows = read_rows(ctx.artifacts[source.stage] / "rows.jsonl")
         elif source.path is not None:
             rows = read_rows(Path(source.path))
+            if not rows:
+                raise UserError(f"{source.path} holds no rows")
         else:
             rows = ctx.tasks[source.task].examples(source.limit, seed + index)
         if source.limit is not None and len(rows) > source.limit:
