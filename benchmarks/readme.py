@@ -1,0 +1,67 @@
+"""`python -m benchmarks.readme`: writes the measured parts of README.md anew from benchmarks/results/.
+
+A measured part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. `--check` writes nothing and exits 1
+where the README differs from what the results say; tests/test_readme.py runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import median
+
+from r1fast.report import markdown_table, write_picture
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "benchmarks" / "results" / "tiny"
+PICTURE = ROOT / "docs" / "tiny.png"
+
+
+def tiny_runs() -> list[Path]:
+    return sorted(TINY.glob("seed*"))
+
+
+def tiny_part() -> str:
+    """The stage table of the seeds, and what it was measured on."""
+    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in tiny_runs()]
+    first = summaries[0]
+    seconds = sorted(s["seconds"] for s in summaries)
+    spread = f"{median(seconds):.0f} s a run ({seconds[0]:.0f}–{seconds[-1]:.0f})"
+    where = f"{first['machine']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch']}"
+    return f"{markdown_table(tiny_runs())}\n\nMeasured with `python -m benchmarks.tiny`: {where}; {spread}."
+
+
+PARTS = {"tiny": tiny_part}
+
+
+def rewritten(readme: str) -> str:
+    """The README with every measured part written anew. KeyError: a part that nothing here writes."""
+
+    def part(found: re.Match) -> str:
+        name = found["name"]
+        return f"<!-- {name}:begin -->\n{PARTS[name]()}\n<!-- {name}:end -->"
+
+    return re.sub(r"<!-- (?P<name>\w+):begin -->.*?<!-- (?P=name):end -->", part, readme, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the README is out of date")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = rewritten(before)
+    if options.check:
+        if before != after:
+            print("README.md differs from benchmarks/results; run python -m benchmarks.readme", file=sys.stderr)
+        return int(before != after)
+    path.write_text(after, encoding="utf-8")
+    print(write_picture(tiny_runs()[0], PICTURE))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
