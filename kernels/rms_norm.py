@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
 
 def check(x, weight, eps, residual) -> None:
@@ -43,6 +44,129 @@ def reference(x, weight, eps, residual) -> Tensor | tuple[Tensor, Tensor]:
     else:
         y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return y if residual is None else (y, x)
+
+
+@jit
+def _norm_rows(
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    scale,
+    rows,
+    width,
+    eps,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """ROWS rows a program, COLUMNS >= width."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    live = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * width + column[None, :]
+    value = tl.load(x + place, mask=live, other=0.0)
+    if RESIDUAL:
+        value = (value.to(tl.float32) + tl.load(residual + place, mask=live, other=0.0).to(tl.float32)).to(value.dtype)
+        tl.store(total + place, value, mask=live)
+    value = value.to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(value * value, 1) / width + eps)
+    tl.store(scale + row, r, mask=row < rows)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(y + place, value * r[:, None] * w[None, :], mask=live)
+
+
+@jit
+def _norm_rows_backward(
+    d_y, d_total, x, weight, scale, d_x, partial, rows, width, tiles,
+    TOTAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`tiles` runs of ROWS rows a program; each program keeps its share of the weight's gradient, so no atomics."""
+    column = tl.arange(0, COLUMNS)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    share = tl.zeros([COLUMNS], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * tiles
+    for tile in range(0, tiles):
+        row = (first + tile) * ROWS + tl.arange(0, ROWS)
+        live = (row < rows)[:, None] & (column < width)[None, :]
+        place = row[:, None] * width + column[None, :]
+        g = tl.load(d_y + place, mask=live, other=0.0).to(tl.float32)
+        r = tl.load(scale + row, mask=row < rows, other=0.0)
+        unit = tl.load(x + place, mask=live, other=0.0).to(tl.float32) * r[:, None]
+        share += tl.sum(g * unit, 0)
+        g *= w[None, :]
+        d = r[:, None] * (g - unit * (tl.sum(g * unit, 1) / width)[:, None])
+        if TOTAL:
+            d += tl.load(d_total + place, mask=live, other=0.0).to(tl.float32)
+        tl.store(d_x + place, d, mask=live)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * width + column, share, mask=column < width)
+
+
+LARGEST_WIDTH = 16384  # columns that one Triton program holds
+# Programs of the backward: a fixed number whatever the card, so that the weight's gradient is summed in one order.
+PROGRAMS = 512
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program: about 2k elements, 16 to a thread at most."""
+    columns = next_power_of_2(width)
+    return max(1, 2048 // columns), columns, min(max(columns // 512, 4), 16)
+
+
+def _triton_supports(x, weight, eps, residual) -> str | None:
+    if x.dtype == torch.float64:
+        return "x is float64, which only the reference keeps"
+    if x.shape[-1] > LARGEST_WIDTH:
+        return f"rows of more than {LARGEST_WIDTH}"
+    return where_triton_runs(x, weight, residual)
+
+
+def _triton_forward(x, weight, eps, residual) -> tuple:
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    y = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        tile, columns, warps = _tile(width)
+        other = x if residual is None else residual
+        _norm_rows[(-(-rows // tile),)](
+            x, other, weight, y, total, scale, rows, width, eps, residual is not None, tile, columns, num_warps=warps
+        )
+    return (y if residual is None else (y, total)), (total, weight, scale, residual is not None)
+
+
+def _triton_backward(saved, grads, needs) -> tuple:
+    x, weight, scale, with_residual = saved
+    d_y, d_total = grads[0].contiguous(), grads[1].contiguous() if with_residual else None
+    d_x, width = torch.empty_like(x), x.shape[-1]
+    rows = scale.shape[0]
+    tile, columns, warps = _tile(width)
+    tiles = -(-rows // (tile * PROGRAMS))
+    programs = -(-rows // (tile * tiles)) if rows else 0
+    partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    if rows:
+        other = d_y if d_total is None else d_total
+        _norm_rows_backward[(programs,)](
+            d_y,
+            other,
+            x,
+            weight,
+            scale,
+            d_x,
+            partial,
+            rows,
+            width,
+            tiles,
+            with_residual,
+            tile,
+            columns,
+            num_warps=warps,
+        )
+    return d_x, partial.sum(0).to(weight.dtype) if needs[1] else None, d_x if with_residual else None
 
 
 def _case(size: str, shape: tuple[int, ...], with_residual: bool) -> Case:
@@ -88,6 +212,11 @@ OP = register(
         name="rms_norm",
         check=check,
         reference=reference,
+        backends={
+            "triton": Backend(
+                _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
+            )
+        },
         cases=cases,
         invalid=invalid,
         gradients=(0, 1, 3),

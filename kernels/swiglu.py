@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
 
 def check(gate_up) -> None:
@@ -29,6 +30,61 @@ def reference(gate_up) -> Tensor:
     if gate_up.element_size() >= 4:
         return F.silu(gate) * up
     return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+@jit
+def _gate(gate_up, out, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of ROWS x COLUMNS results a program."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * (2 * width) + column[None, :]
+    a = tl.load(gate_up + place, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(gate_up + place + width, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * width + column[None, :], a / (1.0 + tl.exp(-a)) * b, mask=live)
+
+
+@jit
+def _gate_backward(d_out, gate_up, d_gate_up, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """silu'(a) = s (1 + a (1 - s)), s = sigmoid(a)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * (2 * width) + column[None, :]
+    g = tl.load(d_out + row[:, None] * width + column[None, :], mask=live, other=0.0).to(tl.float32)
+    a = tl.load(gate_up + place, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(gate_up + place + width, mask=live, other=0.0).to(tl.float32)
+    s = 1.0 / (1.0 + tl.exp(-a))
+    tl.store(d_gate_up + place, g * b * s * (1.0 + a * (1.0 - s)), mask=live)
+    tl.store(d_gate_up + place + width, g * a * s, mask=live)
+
+
+def _launch(kernel, rows: int, width: int, *tensors: Tensor) -> None:
+    columns = min(next_power_of_2(width), 1024)
+    tile = 1024 // columns
+    if rows:
+        kernel[(-(-rows // tile), -(-width // columns))](*tensors, rows, width, tile, columns)
+
+
+def _triton_supports(gate_up) -> str | None:
+    if gate_up.dtype == torch.float64:
+        return "gate_up is float64, which only the reference keeps"
+    return where_triton_runs(gate_up)
+
+
+def _triton_forward(gate_up) -> tuple:
+    gate_up = gate_up.contiguous()
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    _launch(_gate, out.numel() // max(width, 1), width, gate_up, out)
+    return out, (gate_up,)
+
+
+def _triton_backward(saved, grads, needs) -> tuple:
+    (gate_up,) = saved
+    d_gate_up, width = torch.empty_like(gate_up), gate_up.shape[-1] // 2
+    _launch(_gate_backward, grads[0].numel() // max(width, 1), width, grads[0].contiguous(), gate_up, d_gate_up)
+    return (d_gate_up,)
 
 
 def _case(size: str, rows: int, width: int) -> Case:
@@ -63,6 +119,11 @@ OP = register(
         name="swiglu",
         check=check,
         reference=reference,
+        backends={
+            "triton": Backend(
+                _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
+            )
+        },
         cases=cases,
         invalid=invalid,
         gradients=(0,),
