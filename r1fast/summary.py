@@ -79,6 +79,9 @@ def claims(recipe: RecipeConfig, evaluations: Mapping[str, Mapping | None]) -> l
     """What the recipe promises, each with the value measured in this run and whether it holds. A claim that does not
     hold is told like one that does; one whose stages were not evaluated is not made."""
     scores = {name: e["pass@1"] for name, e in evaluations.items() if e and e.get("pass@1") is not None}
+    # A start from outside the run has a score where a stage of kind `evaluate` measured it as all others are.
+    measured = [n for n, s in recipe.stages.items() if s.kind == "evaluate" and s.protocol is None and n in scores]
+    scores = {**{recipe.stages[name].from_: scores[name] for name in measured}, **scores}
     found = []
     for name, stage in recipe.stages.items():
         if stage.kind == "grpo" and name in scores and stage.from_ in scores:
