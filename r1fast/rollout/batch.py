@@ -8,7 +8,7 @@ step copies these few kilobytes over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -52,11 +52,15 @@ class RunningBatch:
         self._table_tensor = torch.from_numpy(self._table)
         self._tokens = np.empty((rows, longest), np.int64)
         self._logprobs = np.empty((rows, longest), np.float32)
-        self.begin(np.zeros((1, 1), bool), torch.device("cpu"))
+        self.begin({}, np.zeros((1, 1), bool), torch.device("cpu"))
 
-    def begin(self, stops: NDArray[np.bool_], device: torch.device) -> None:
-        """Empty the batch for a new call. stops [sets, V]: which tokens end a sequence of each stop set."""
-        self.stops, self.device = stops, device
+    def begin(self, draws: Mapping[str, NDArray], stops: NDArray[np.bool_], device: torch.device) -> None:
+        """Empty the batch for a new call.
+
+        draws: limit, stop_set, seed, key (of the first sample), temperature, top_k and top_p, each [requests].
+        stops [sets, V]: which tokens end a sequence of each stop set. device: of the model.
+        """
+        self.draws, self.stops, self.device = draws, stops, device
         self.sequences: list[Running] = []
         self._places = list(range(self.rows))  # free rows of the store
         self._resized()
@@ -79,30 +83,31 @@ class RunningBatch:
 
     # -- sequences come and go -----------------------------------------------------------------------------------
 
-    def append(self, prefill: Prefill, draw: dict[str, int | float]) -> None:
-        """Rows for the launched sequences of a prefill, in order; the token after it is still to be drawn.
-
-        `draw`: the request's limit, stop_set, seed, key (of its first sample), temperature, top_k and top_p.
-        """
-        first, stop = self.size, self.size + len(prefill.sequences)
-        rows, length, block = slice(first, stop), len(prefill.tokens), self.block_size
-        arrays = self._arrays
-        for name, value in draw.items():
-            arrays[name][rows] = value
-        arrays["key"][rows] += [sequence.sample for sequence in prefill.sequences]
+    def append(self, prefills: Sequence[Prefill]) -> None:
+        """Rows for the launched sequences of these prefills, in order; their next tokens are still to be drawn."""
+        sequences = [sequence for prefill in prefills for sequence in prefill.sequences]
+        rows, arrays, block = slice(self.size, self.size + len(sequences)), self._arrays, self.block_size
+        request = [sequence.request.index for sequence in sequences]
+        for name, values in self.draws.items():
+            arrays[name][rows] = values[request]
+        arrays["key"][rows] += [sequence.sample for sequence in sequences]
+        length = np.array([len(prefill.tokens) for prefill in prefills for _ in prefill.sequences])
+        blocks = np.array([len(sequence.table) for sequence in sequences])
+        width = blocks.max()
+        tables = np.array([sequence.table + [-1] * (width - len(sequence.table)) for sequence in sequences])
+        self._table[rows] = -1
+        self._table[rows, :width] = tables
+        arrays["capacity"][rows] = blocks * block
+        arrays["slot"][rows] = tables[np.arange(len(tables)), length // block] * block + length % block
         arrays["length"][rows] = length
         arrays["context"][rows] = length + 1
-        tables = np.array([sequence.table for sequence in prefill.sequences], np.int32)
-        self._table[rows, : tables.shape[1]] = tables
-        self._table[rows, tables.shape[1] :] = -1
-        arrays["capacity"][rows] = tables.shape[1] * block
-        arrays["slot"][rows] = tables[:, length // block].astype(np.int64) * block + length % block
-        for row, sequence in enumerate(prefill.sequences, first):
-            place, drawn = self._places.pop(), len(sequence.tokens)
-            arrays["store"][row], arrays["drawn"][row] = place, drawn
-            self._tokens[place, :drawn] = sequence.tokens
-            self._logprobs[place, :drawn] = sequence.logprobs
-        self.sequences.extend(prefill.sequences)
+        arrays["store"][rows] = places = [self._places.pop() for _ in sequences]
+        arrays["drawn"][rows] = [len(sequence.tokens) for sequence in sequences]
+        for place, sequence in zip(places, sequences, strict=True):
+            if sequence.tokens:  # it was preempted
+                self._tokens[place, : len(sequence.tokens)] = sequence.tokens
+                self._logprobs[place, : len(sequence.tokens)] = sequence.logprobs
+        self.sequences += sequences
         self._resized()
 
     def output(self, row: int) -> tuple[list[int], list[float]]:
@@ -131,12 +136,13 @@ class RunningBatch:
 
     def extend(self, rows: Sequence[int]) -> None:
         """Take over the new last block of these rows' sequences."""
-        arrays, block = self._arrays, self.block_size
-        columns = arrays["capacity"][rows] // block
+        block, capacity = self.block_size, self._arrays["capacity"]
         blocks = np.array([self.sequences[row].table[-1] for row in rows], np.int64)
-        self._table[rows, columns] = blocks
-        arrays["slot"][rows] = blocks * block
-        arrays["capacity"][rows] += block
+        rows = np.array(rows, np.int64)  # may be none: all that were full are preempted
+        held = capacity[rows]
+        self._table[rows, held // block] = blocks
+        self._arrays["slot"][rows] = blocks * block
+        capacity[rows] = held + block
         self._narrow()
 
     def step(self) -> PagedStep:

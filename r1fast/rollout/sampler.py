@@ -35,6 +35,7 @@ from r1fast.rollout.scheduler import Chunk, Request, Scheduler
 from r1fast.types import Prompt, Rollout, RolloutGroup
 from r1fast_kernels import sample_token
 
+_DRAWS = ("limit", "stop_set", "seed", "key", "temperature", "top_k", "top_p")  # what a prompt tells its rows
 _SAMPLE_BITS = 20  # of the 63-bit sequence key; the rest names the prompt
 
 
@@ -57,7 +58,7 @@ class _Call:
 
     prompts: list[Prompt]
     requests: list[Request] = field(default_factory=list)
-    draws: list[dict[str, int | float]] = field(default_factory=list)  # see RunningBatch.append
+    draws: list[tuple[int | float, ...]] = field(default_factory=list)  # in the order of _DRAWS
     rollouts: list[list[Rollout | None]] = field(default_factory=list)
     stop_sets: dict[tuple[int, ...], int] = field(default_factory=dict)  # the distinct sets of stop tokens -> row
     scheduler: Scheduler | None = None
@@ -174,8 +175,8 @@ class Sampler:
             stops = (*self.eos_token_ids, *_stop_tokens(one.stop_token_ids, vocabulary, f"{name}: stop_token_ids"))
             stop_set = call.stop_sets.setdefault(tuple(sorted(set(stops))), len(call.stop_sets))
             earlier = seen[tokens] = seen.get(tokens, -1) + 1
-            draw = {"limit": request.limit, "stop_set": stop_set, "seed": one.seed, "key": _key(tokens, earlier)}
-            draw |= {"temperature": one.temperature, "top_k": one.top_k, "top_p": one.top_p}
+            key = _key(tokens, earlier)
+            draw = (request.limit, stop_set, one.seed, key, one.temperature, one.top_k, one.top_p)
             call.requests.append(request)
             call.draws.append(draw)
             call.rollouts.append([None] * one.n)
@@ -188,7 +189,8 @@ class Sampler:
         self._busy = True
         try:
             pool = self._make_room(call.requests)
-            self._batch.begin(call.stops(self.model.config.vocab_size), self.model.device)
+            draws = {name: np.array(column) for name, *column in zip(_DRAWS, *call.draws, strict=True)}
+            self._batch.begin(draws, call.stops(self.model.config.vocab_size), self.model.device)
             scheduler = call.scheduler = Scheduler(pool, self.max_seqs, self.prefill_tokens)
             call.weights_version = self.model.weights_version
             for request in call.requests:
@@ -226,9 +228,7 @@ class Sampler:
             return []
         if copies:
             self._kv.copy_blocks(*torch.tensor(copies, device=hidden.device).unbind(1))
-        for chunk in chunks:
-            if chunk.last:
-                batch.append(chunk.prefill, call.draws[chunk.prefill.request.index])
+        batch.append([chunk.prefill for chunk in chunks if chunk.last])
         last, counts = torch.tensor(rows, device=hidden.device).unbind(1)
         logits = self.model.logits(hidden[last])
         return self._draw(call, logits.repeat_interleave(counts, 0, output_size=batch.size - first), first)
