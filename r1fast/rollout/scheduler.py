@@ -73,7 +73,8 @@ class Scheduler:
         self.max_seqs = max_seqs
         self.prefill_tokens = prefill_tokens  # most prompt tokens a step, so that no prompt holds up those that decode
         # A prefill is a forward pass of its own; a step that admits a single row would double its cost. While others
-        # run, rows are therefore filled an eighth of the batch at a time (mean occupancy: 94%).
+        # run, rows are therefore filled an eighth of the batch at a time: 256 prompts x 16 samples of 30 tokens through
+        # 256 rows then take 107 prefills and 537 decodes instead of 430 and 507.
         self.admit_rows = max(1, max_seqs // 8)
         self.preemptions = 0
         self._waiting: deque[tuple[Request, list[Sequence]]] = deque()
