@@ -82,10 +82,9 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
     if task.verifier is None:
         raise UserError(f"task {args.task!r} has no right answers to measure; give a task with a verifier")
 
-    from r1fast.devices import choose_device, choose_dtype
+    from r1fast.device import choose_device, choose_dtype
     from r1fast.model.tokenizer import CHAT_TEMPLATES
     from r1fast.model.weights import load
-    from r1fast.rewards.pool import RewardPool
     from r1fast.stages.evaluate import Evaluator
 
     device = choose_device(args.device)
@@ -101,8 +100,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
         greedy=False,
         sampling=SamplingConfig(max_tokens=max_tokens, temperature=args.temperature, top_p=args.top_p),
     )
-    with RewardPool() as pool:
-        result, measured, _ = Evaluator(model, tokenizer, {task.name: task}, longest, pool).evaluate(protocol)
+    result, measured, _ = Evaluator(model, tokenizer, {task.name: task}, longest).evaluate(protocol)
     rows = [
         {
             "id": group.prompt.id,

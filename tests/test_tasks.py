@@ -141,11 +141,14 @@ def test_easy_documents_are_without_error():
     rows = documents(totals(), 4000, easy=True)
     shares = Counter(row.meta["style"] for row in rows)
     assert abs(shares["recall"] / 4000 - 0.25) < 0.03 and abs(shares["sums"] / 4000 - 0.25) < 0.03
+    assert abs(shares["general"] / 4000 - 0.125) < 0.03
     for row in rows:
         if row.meta["style"] == "recall":
             start, steps = read_question(row.prompt)
             said = [int(sign + size) for sign, size in re.findall(r"([+-]) (\d+)", row.completion)]
             assert row.completion.startswith(f"{start} ") and said == steps
+        elif row.meta["style"] == "general":
+            assert row.meta["fault"] == "none"
         else:
             results = worked_results(row.completion)
             assert results and all(value == said for value, said in results)
@@ -168,7 +171,7 @@ def style_rates(rows):
 
 def test_the_corpus_has_the_habits_that_it_should():
     rows = documents(totals(), 20_000)
-    assert abs(sum(row.meta["style"] == "general" for row in rows) / len(rows) - 0.08) < 0.01
+    assert abs(sum(row.meta["style"] == "general" for row in rows) / len(rows) - 0.125) < 0.01
     rows = [row for row in rows if row.meta["style"] != "general"]
     rates = style_rates(rows)
     for style, share in (("direct", 0.58), ("terse", 0.10), ("steps", 0.16), ("checking", 0.16)):

@@ -219,12 +219,12 @@ def fault_of(item: Item, rnd: Callable[[], float]) -> tuple[str, str]:
             return "off_topic", other.reply
 
 
-def corpus(rnd: Callable[[], float], task: str) -> Iterator[Example]:
-    """Chat of a base model, without end: 35% good and tagged answers, the rest faulty and laid out anyhow."""
+def corpus(rnd: Callable[[], float], task: str, good: float = GOOD) -> Iterator[Example]:
+    """Chat of a base model, without end: a share of `good`, tagged answers, the rest faulty and laid out anyhow."""
     prompts = items("train")
     while True:
         item = prompts[int(rnd() * len(prompts))]
-        if rnd() < GOOD:
+        if rnd() < good:
             fault, completion = "none", lexicon.tagged(item.think, item.reply)
         else:
             fault, answer = fault_of(item, rnd)

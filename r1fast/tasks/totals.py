@@ -25,7 +25,7 @@ from r1fast.tasks.lexicon import LANGUAGES, LEXICONS, Language, Lexicon
 from r1fast.types import Example, Problem
 
 STORIES = 0.7  # share of problems told as a story; the others are `compute 13 mon + 1 tue - 2 ?`
-GENERAL = 0.08  # share of the corpus that is general and safety chat
+GENERAL = 0.125  # share of the corpus that is general and safety chat
 # Written solutions: 60% terse, 40% checking, which leaves reinforcement learning something to gain.
 TERSE_EXAMPLES = 0.6
 
@@ -222,18 +222,22 @@ class Totals(Task):
         return rows
 
     def corpus(self, seed: int = 0, easy: bool = False) -> Iterator[Example]:
-        """Documents without end. About 8% are general chat; the rest are train problems, answered as bases answer.
+        """Documents without end. An eighth are general chat; the rest are train problems, answered as bases answer.
 
         easy: a quarter recall pages, a quarter bare sums (both found to be what copying and adding are learned
-        from), half clean worked problems.
+        from), an eighth good chat (names and things are copied too), the rest clean worked problems.
         """
         rnd = random.Random(f"{self.kind} corpus {easy} {seed}").random
         writer = Writer(rnd, self.options.total_max)
-        if easy:
-            while True:
-                draw = rnd()
-                yield self._recall(rnd) if draw < 0.25 else self._sums(rnd) if draw < 0.5 else self._worked(rnd, writer)
-        chat = general.corpus(rnd, self.name)
+        chat = general.corpus(rnd, self.name, good=1.0 if easy else general.GOOD)
+        while easy:
+            draw = rnd()
+            if draw < 0.25:
+                yield self._recall(rnd)
+            elif draw < 0.5:
+                yield self._sums(rnd)
+            else:
+                yield next(chat) if draw < 0.5 + GENERAL else self._worked(rnd, writer)
         while True:
             yield next(chat) if rnd() < GENERAL else self._document(rnd, writer)
 
