@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.triton_support import jit, tl, triton_unavailable, where_triton_runs
 
 KL_KINDS = ("k1", "k2", "k3")
 
@@ -141,6 +142,88 @@ def loss_and_slope(logp: Tensor, *args) -> tuple[Tensor, Tensor, GRPOStats]:
     return loss.detach(), slope, GRPOStats(*stats)
 
 
+KIND_NUMBER = {"none": 0, "k1": 1, "k2": 2, "k3": 3}
+BLOCK = 1024
+
+
+@jit
+def _loss_rows(
+    logp, old_logp, ref_logp, advantages, weights, loss, slope, partial, rows, low, high, kl_coef,
+    ON_POLICY: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows a program: their loss, slope d(loss)/d(logp), and five statistics into `partial` [5, programs]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.load(weights + row, mask=row < rows, other=0.0)
+    live = weight != 0.0
+    p = tl.load(logp + row, mask=live, other=0.0)
+    advantage = tl.load(advantages + row, mask=live, other=0.0)
+    if ON_POLICY:
+        ratio = tl.where(live, 1.0, 0.0)
+    else:
+        ratio = tl.where(live, tl.exp(p - tl.load(old_logp + row, mask=live, other=0.0)), 0.0)
+    surrogate = ratio * advantage
+    held = tl.minimum(tl.maximum(ratio, low), high) * advantage
+    clipped = live & (held < surrogate)
+    value = -tl.minimum(surrogate, held)
+    gradient = tl.where(clipped, 0.0, -surrogate)
+    kl = tl.zeros([BLOCK], tl.float32)
+    if KIND > 0:
+        d = tl.load(ref_logp + row, mask=live, other=0.0) - p
+        if KIND == 1:
+            kl = -d
+            gradient += kl_coef
+        elif KIND == 2:
+            kl = 0.5 * d * d
+            gradient -= kl_coef * d
+        else:
+            e = tl.exp(d)
+            kl = e - d - 1.0
+            gradient += kl_coef * (1.0 - e)
+        value += kl_coef * kl
+    tl.store(loss + row, tl.where(live, weight * value, 0.0), mask=row < rows)
+    tl.store(slope + row, tl.where(live, weight * gradient, 0.0), mask=row < rows)
+    own = partial + tl.program_id(0)
+    programs = tl.num_programs(0)
+    tl.store(own, tl.sum(tl.where(live, kl, 0.0), 0))
+    tl.store(own + programs, tl.sum(clipped.to(tl.float32), 0))
+    tl.store(own + 2 * programs, tl.sum(ratio, 0))
+    tl.store(own + 3 * programs, tl.sum(live.to(tl.float32), 0))
+    tl.store(own + 4 * programs, tl.max(ratio, 0))
+
+
+def _triton_supports(
+    logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
+) -> str | None:
+    if logp.dtype == torch.float64:
+        return "logp is float64, which only the reference keeps"
+    if sequence_ids is not None:
+        return "it has no ratio over sequences (GSPO)"
+    return where_triton_runs(logp, old_logp, ref_logp, advantages, weights)
+
+
+def _triton_forward(
+    logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
+) -> tuple:
+    named = (logp, old_logp, ref_logp, advantages, weights)
+    streams = [logp if x is None else x.detach().float().contiguous() for x in named]
+    rows, programs = logp.shape[0], -(-logp.shape[0] // BLOCK)
+    loss, slope = torch.empty(2, rows, dtype=torch.float32, device=logp.device)
+    partial = torch.empty(5, max(programs, 1), dtype=torch.float32, device=logp.device)
+    if rows:
+        kind = KIND_NUMBER["none" if ref_logp is None else kl_kind]
+        settings = (float(1 - clip_low), float(1 + clip_high), float(kl_coef), old_logp is None, kind, BLOCK)
+        _loss_rows[(programs,)](*streams, loss, slope, partial, rows, *settings)
+    else:
+        partial.zero_()
+    kl_sum, clipped, ratio_sum, count = partial[:4].sum(1).unbind()
+    return (loss, kl_sum, clipped, ratio_sum, partial[4].amax(), count), (slope, logp.dtype)
+
+
+def _triton_backward(saved, grads, needs) -> tuple:
+    slope, dtype = saved
+    return ((grads[0] * slope).to(dtype),)
+
+
 def _case(size: str, rows: int, *settings, on_policy=False, masked=0.0, gspo=False, kl=True) -> Case:
     """Ratios on both sides of both bounds; `settings` are clip_low, clip_high, kl_coef, kl_kind."""
 
@@ -202,6 +285,11 @@ OP = register(
         name="grpo_loss",
         check=check,
         reference=reference,
+        backends={
+            "triton": Backend(
+                _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
+            )
+        },
         cases=cases,
         invalid=invalid,
         gradients=(0,),

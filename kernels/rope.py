@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
 
 def check(q, k, cos, sin, positions) -> None:
@@ -70,6 +71,59 @@ def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor)
     return _Rotation.apply(q, k, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 
+@jit
+def _rotate_heads(
+    x, out, cos, sin, positions, rows, heads, half, row_stride, head_stride, turn,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS rows x HEADS heads a program, both halves of each head. turn: 1 forward, -1 back."""
+    flat = tl.program_id(0) * ROWS * HEADS + tl.arange(0, ROWS * HEADS)
+    head = tl.program_id(1) * HEADS + flat % HEADS
+    row = (flat // HEADS).to(tl.int64)
+    column = tl.arange(0, HALF)
+    live = ((row < rows) & (head < heads))[:, None] & (column < half)[None, :]
+    position = tl.load(positions + row, mask=row < rows, other=0)
+    angle = position[:, None] * half + column[None, :]
+    c = tl.load(cos + angle, mask=live, other=0.0)
+    s = tl.load(sin + angle, mask=live, other=0.0) * turn
+    place = (row * row_stride + head * head_stride)[:, None] + column[None, :]
+    first = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+    second = tl.load(x + place + half, mask=live, other=0.0).to(tl.float32)
+    place = ((row * heads + head) * 2 * half)[:, None] + column[None, :]
+    tl.store(out + place, first * c - second * s, mask=live)
+    tl.store(out + place + half, second * c + first * s, mask=live)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, turn: float) -> Tensor:
+    """x may be a slice of a fused projection: only the elements of a head must lie together."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    rows, heads, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = next_power_of_2(width // 2)
+    group = min(next_power_of_2(heads), max(1, 1024 // half))
+    tile = max(1, 1024 // (half * group))
+    if out.numel():
+        grid = (-(-rows // tile), -(-heads // group))
+        strides = (x.stride(0), x.stride(1))
+        _rotate_heads[grid](x, out, cos, sin, positions, rows, heads, width // 2, *strides, turn, tile, group, half)
+    return out
+
+
+def _triton_supports(q, k, cos, sin, positions) -> str | None:
+    if q.dtype == torch.float64 or cos.dtype != torch.float32 or sin.dtype != torch.float32:
+        return "it takes float32 tables and no float64"
+    return where_triton_runs(q, k, cos, sin, positions)
+
+
+def _triton_forward(q, k, cos, sin, positions) -> tuple:
+    tables = (cos.contiguous(), sin.contiguous(), positions.contiguous())
+    return (_turned(q, *tables, 1.0), _turned(k, *tables, 1.0)), tables
+
+
+def _triton_backward(saved, grads, needs) -> tuple:
+    return tuple(_turned(grad, *saved, -1.0) for grad in grads)
+
+
 def _case(size: str, rows: int, heads: int, kv_heads: int, width: int) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
@@ -111,6 +165,11 @@ OP = register(
         name="rope",
         check=check,
         reference=reference,
+        backends={
+            "triton": Backend(
+                _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
+            )
+        },
         cases=cases,
         invalid=invalid,
         gradients=(0, 1),
