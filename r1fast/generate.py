@@ -54,17 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def generate(options: argparse.Namespace) -> None:
     """Load, sample, print. UserError for whatever the user can put right."""
-    import torch
-
+    from r1fast.device import choose_device
     from r1fast.model.tokenizer import decode, eos_token_ids
     from r1fast.model.weights import load
     from r1fast.rollout.sampler import Sampler, SamplingParams
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    device = choose_device(options.device)
     text = sys.stdin.read().rstrip("\n") if options.prompt == "-" else options.prompt
     model, tokenizer = load(options.model, device=device, dtype="auto")
     prompt = encode(tokenizer, text, options)

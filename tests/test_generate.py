@@ -119,7 +119,7 @@ def test_mistakes_are_one_sentence_and_exit_2(checkpoint, capsys, arguments, mes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_a_device_that_is_not_there(checkpoint, capsys):
     assert main([checkpoint[0], "--prompt", "tom", "--device", "cuda"]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+    assert "torch finds no CUDA GPU" in capsys.readouterr().err
 
 
 def test_folders_that_cannot_be_used(checkpoint, tmp_path, capsys):
