@@ -192,8 +192,11 @@ def _own_inputs(recipe: RecipeConfig, name: str) -> dict[str, Any]:
 
 
 def task_inputs(recipe: RecipeConfig, task: TaskConfig) -> dict[str, Any]:
+    """A task's block with the content of the files it names, in its options too (a test split of its own)."""
     path = task.path or recipe.data
-    return {**task.model_dump(mode="json", exclude={"path"}), "source": content_hash(path) if path else None}
+    named = sorted(value for value in task.options.values() if isinstance(value, str) and Path(value).is_file())
+    files = [content_hash(file) for file in [*([path] if path else []), *named]]
+    return {**task.model_dump(mode="json", exclude={"path"}), "files": files}
 
 
 def content_hash(path: str) -> str:

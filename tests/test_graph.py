@@ -131,6 +131,22 @@ def test_a_fingerprint_covers_the_content_of_files(load, tmp_path):
     assert {n for n, print_ in prints("b").items() if after[n] != print_} == {"distill"}
 
 
+def test_a_fingerprint_covers_the_files_of_a_task(load, tmp_path):
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    overrides = [f"tasks.chat={{kind: jsonl, path: {train}, options: {{test_path: {test}}}}}", f"data={train}"]
+    overrides += ["stages.base=null", "stages.zero.from=model", "stages.sft.from=model", "stages.student=null"]
+    overrides += ["stages.distill.from=model", "stages.student_rl=null", "tasks.totals.path=elsewhere"]
+
+    def prints(*contents: str) -> dict[str, str]:
+        train.write_text(contents[0])
+        test.write_text(contents[1])
+        return graph.fingerprints(load(*overrides))
+
+    before = prints("a", "b")
+    for changed in (prints("c", "b"), prints("a", "c")):  # liking and all_rl use chat, and distill reads all_rl
+        assert {name for name in before if before[name] != changed[name]} == {"liking", "all_rl", "distill"}
+
+
 def test_a_tasks_block_concerns_who_uses_it_and_whoever_makes_a_vocabulary(load):
     task = "tasks.chat.kind=totals"
     before, after = graph.fingerprints(load()), graph.fingerprints(load(task))
