@@ -12,43 +12,72 @@ namespace R1_ISA {
 
 namespace {
 
-constexpr int kTile = 64;        // positions whose scores are held at once
-constexpr int kQueries = 4096;   // floats of one key head's queries, and of their sums, on the stack
+constexpr int kTile = 64;       // positions whose scores are held at once
+constexpr int kQueries = 4096;  // floats of one key head's queries, and of their sums, on the stack
 
 struct Cache {
   const float *keys, *values;
   int64_t block, kv_heads;
 };
 
-// WIDTH 0 takes the width at run time; the usual head widths are constants, which unrolls the loops.
+// WIDTH 0 takes the width at run time; the usual head widths are constants, which keeps whole heads in registers.
 template <int WIDTH>
-float dot(const float* a, const float* b, int64_t width) {
-  const int64_t size = WIDTH ? WIDTH : width;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
-  return sum;
+R1_INLINE float dot(const float* a, const float* b, int64_t width) {
+  const int64_t size = WIDTH ? WIDTH : width, whole = size / kLanes * kLanes;
+  Vec sum{};
+  for (int64_t i = 0; i < whole; i += kLanes) sum += load(a + i) * load(b + i);
+  float found = sum_of(sum);
+  for (int64_t i = whole; i < size; ++i) found += a[i] * b[i];
+  return found;
 }
 
-// sum = sum * keep + weights @ values, over `count` positions.
-template <int WIDTH>
-void add_values(float* sum, float keep, const float* weights, const float* const* values, int count, int64_t width) {
-  const int64_t size = WIDTH ? WIDTH : width;
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) sum[i] *= keep;
+// sum = sum * keep + weights @ values over `count` positions, for the VECTORS * 16 floats from `at` on.
+template <int VECTORS>
+R1_INLINE void add_part(float* sum, float keep, const float* weights, const float* const* values, int count,
+                        int64_t at) {
+  constexpr int kChains = VECTORS < 4 ? 4 / VECTORS : 1;  // independent sums, to cover the latency of an addition
+  Vec total[kChains][VECTORS] = {};
   int p = 0;
-  for (; p + 4 <= count; p += 4) {
-    const float *v0 = values[p], *v1 = values[p + 1], *v2 = values[p + 2], *v3 = values[p + 3];
-    const float w0 = weights[p], w1 = weights[p + 1], w2 = weights[p + 2], w3 = weights[p + 3];
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) sum[i] += (w0 * v0[i] + w1 * v1[i]) + (w2 * v2[i] + w3 * v3[i]);
+  for (; p + kChains <= count; p += kChains)
+    for (int c = 0; c < kChains; ++c)
+      for (int v = 0; v < VECTORS; ++v) total[c][v] += weights[p + c] * load(values[p + c] + at + v * kLanes);
+  for (; p < count; ++p)
+    for (int v = 0; v < VECTORS; ++v) total[0][v] += weights[p] * load(values[p] + at + v * kLanes);
+  for (int v = 0; v < VECTORS; ++v) {
+    Vec found = total[0][v];
+    for (int c = 1; c < kChains; ++c) found += total[c][v];
+    store(sum + at + v * kLanes, load(sum + at + v * kLanes) * keep + found);
   }
-  for (; p < count; ++p) {
-    const float w = weights[p];
-    const float* v = values[p];
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) sum[i] += w * v[i];
+}
+
+template <int WIDTH>
+R1_INLINE void add_values(float* sum, float keep, const float* weights, const float* const* values, int count,
+                          int64_t width) {
+  if constexpr (WIDTH > 0) {
+    add_part<WIDTH / kLanes>(sum, keep, weights, values, count, 0);
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) add_part<1>(sum, keep, weights, values, count, i);
+    for (; i < width; ++i) {
+      sum[i] *= keep;
+      for (int p = 0; p < count; ++p) sum[i] += weights[p] * values[p][i];
+    }
   }
+}
+
+// Softmax weights of one tile against a running maximum: scores become e^(score - maximum); returns their sum.
+R1_INLINE float exponentials(float* scores, int count, float* maximum) {
+  for (int p = count; p % kLanes; ++p) scores[p] = -HUGE_VALF;
+  Vec highest = *maximum - Vec{};
+  for (int p = 0; p < count; p += kLanes) highest = larger(load(scores + p), highest);
+  *maximum = max_of(highest);
+  Vec total{};
+  for (int p = 0; p < count; p += kLanes) {
+    const Vec e = exp_nonpositive(load(scores + p) - *maximum);
+    store(scores + p, e);
+    total += e;
+  }
+  return sum_of(total);
 }
 
 // All query heads of one key head of one sequence.
@@ -61,23 +90,22 @@ void attend(const float* q, float* out, const Cache& cache, const int32_t* table
   for (int64_t start = 0; start < context; start += kTile) {
     const int count = static_cast<int>(context - start < kTile ? context - start : kTile);
     const float *keys[kTile], *values[kTile];
-    for (int p = 0; p < count; ++p) {
-      const int64_t slot = table[(start + p) / cache.block] * cache.block + (start + p) % cache.block;
-      keys[p] = cache.keys + (slot * cache.kv_heads + head) * width;
-      values[p] = cache.values + (slot * cache.kv_heads + head) * width;
+    for (int p = 0; p < count;) {
+      const int64_t index = (start + p) / cache.block;
+      int64_t offset = (start + p) % cache.block;
+      for (; offset < cache.block && p < count; ++offset, ++p) {
+        const int64_t row = ((table[index] * cache.block + offset) * cache.kv_heads + head) * width;
+        keys[p] = cache.keys + row;
+        values[p] = cache.values + row;
+      }
     }
     for (int64_t h = 0; h < group; ++h) {
       float scores[kTile];
       for (int p = 0; p < count; ++p) scores[p] = dot<WIDTH>(queries + h * width, keys[p], width);
-      float maximum = maxima[h];
-#pragma omp simd reduction(max : maximum)
-      for (int p = 0; p < count; ++p) maximum = scores[p] > maximum ? scores[p] : maximum;
-      float total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int p = 0; p < count; ++p) total += scores[p] = exp_nonpositive(scores[p] - maximum);
-      const float keep = exp_nonpositive(maxima[h] - maximum);
+      const float before = maxima[h];
+      const float total = exponentials(scores, count, &maxima[h]);
+      const float keep = exp_nonpositive(before - maxima[h]);
       totals[h] = totals[h] * keep + total;
-      maxima[h] = maximum;
       add_values<WIDTH>(sums + h * width, keep, scores, values, count, width);
     }
   }
