@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from r1fast.check import check
 from r1fast.config import UserError, dump_recipe
+from r1fast.device import choose_device, choose_dtype
 from r1fast.graph import dependents, fingerprints, order, stage_seed
 from r1fast.metrics import RunLog, write_atomically
 from r1fast.stages.context import StageContext
@@ -232,20 +233,13 @@ def _plain(value: Any) -> Any:
 
 
 def resolve_device(recipe: RecipeConfig) -> tuple[str, str]:
-    """(device, dtype) that `auto` means here; UserError where the asked-for one is not there. Sets the threads."""
+    """(device, dtype) that the recipe means here; UserError where the asked-for one is not there. Sets the threads."""
     import torch
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch finds no CUDA GPU here; use --device cpu or auto")
-    dtype = recipe.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    return device, dtype
+    device = choose_device(recipe.device)
+    return device, choose_dtype(recipe.model.dtype, device)
 
 
 def _seed_everything(seed: int) -> None:
