@@ -229,6 +229,10 @@ def test_the_description_is_complete(op: Op):
     assert getattr(r1fast_kernels, op.name).__doc__
 
 
+def test_every_public_op_is_registered():
+    assert set(OPS) == set(r1fast_kernels.OP_MODULES)
+
+
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
 once = pytest.mark.skipif(interpreted(), reason="this is the child process")
 

@@ -1,4 +1,7 @@
-"""The reference of sampling: Random123's known answers, exact truncation, and the distribution that is drawn."""
+"""Sampling held to the truth: Random123's known answers, exact truncation, and the distribution that is drawn.
+
+The reference and the CPU kernel both go through it: a distribution can be tested without trusting either.
+"""
 
 import math
 
@@ -20,6 +23,12 @@ KNOWN = [
         [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
     ),
 ]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def each_backend(request: pytest.FixtureRequest):
+    with k.use_backend(request.param):
+        yield request.param
 
 
 def module():
@@ -76,6 +85,7 @@ def chi_square(tokens: Tensor, p: Tensor) -> float:
         ({"temperature": 2.0, "top_k": 4, "top_p": 0.8}, 3),
     ],
 )
+@pytest.mark.usefixtures("each_backend")
 def test_the_drawn_distribution(settings, kept):
     """20,000 sequences; `kept` likeliest tokens survive, as worked out by hand from the softmax."""
     full = torch.softmax(LOGITS / settings.get("temperature", 1.0), 0)
@@ -114,6 +124,7 @@ def test_truncation_keeps_exactly_the_smallest_set_ties_by_index():
         assert set(keep[0].nonzero()[:, 0].tolist()) == kept_by_sorting(p.tolist(), top_k, top_p), (p, top_k, top_p)
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_a_sequence_draws_the_same_whatever_the_batch():
     generator = torch.Generator().manual_seed(1)
     logits = 2 * torch.randn(64, 50, generator=generator)
@@ -130,6 +141,7 @@ def test_a_sequence_draws_the_same_whatever_the_batch():
             assert torch.equal(a, b[rows])
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_greedy_takes_the_first_of_the_largest_and_says_its_untempered_probability():
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, -1.0, 0.0, 3.0]])
     drawn = k.sample_token(logits, 0, torch.arange(2), 0, temperature=0.0, top_k=1, top_p=0.1)
@@ -139,6 +151,7 @@ def test_greedy_takes_the_first_of_the_largest_and_says_its_untempered_probabili
     torch.testing.assert_close(drawn.logprob_full, expected)
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_impossible_tokens_are_never_drawn():
     """-inf logits at both ends, where a uniform of 0 or nearly 1 would land."""
     logits = torch.full((8,), -math.inf)
@@ -149,6 +162,38 @@ def test_impossible_tokens_are_never_drawn():
         assert torch.searchsorted(p, p[-1] * u, right=True) in (2, 4)
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_nothing_to_draw():
     empty = torch.zeros(0, dtype=torch.int64)
     assert k.sample_token(torch.zeros(0, 5), empty, empty, empty).token.shape == (0,)
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 2}, {"temperature": 0.0}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 3, 20])
+def test_logits_that_are_no_numbers_show_in_the_log_probability(settings, bad, place):
+    """A sampler sees by it that the model is broken; the other rows are as without."""
+    logits = torch.linspace(-2, 1, 21).repeat(3, 1)
+    right = k.sample_token(logits, 0, torch.arange(3), 0, **settings)
+    logits[1, place] = bad
+    drawn = k.sample_token(logits, 0, torch.arange(3), 0, **settings)
+    assert drawn.logprob.isnan().tolist() == [False, True, False]
+    assert torch.equal(drawn.token[::2], right.token[::2]) and torch.equal(drawn.logprob[::2], right.logprob[::2])
+
+
+def test_the_kernel_truncates_as_the_reference_does():
+    """Ties, sets of one, k beyond the vocabulary, and rows of every length around a vector of 16."""
+    generator = torch.Generator().manual_seed(3)
+    for words in (1, 2, 15, 16, 17, 63, 64, 65, 100, 1000):
+        logits = torch.randint(-6, 3, (200, words), generator=generator).float() / 2
+        number = torch.arange(200)
+        top_k = torch.tensor([0, 1, 2, 7, 5000])[number % 5].int()
+        top_p = torch.tensor([1.0, 0.31, 0.77, 1e-12, 0.999, 0.5])[number % 6]
+        keys = (number + 5, number * 3, number)
+        apart = [k.sample_token(logits, *keys, 0.7, top_k, top_p, backend=name) for name in ("reference", "cpu")]
+        assert (apart[0].token == apart[1].token).float().mean() > 0.98  # ties are exact, sums that meet a share not
+        same = apart[0].token == apart[1].token
+        torch.testing.assert_close(apart[0].logprob_full[same], apart[1].logprob_full[same], rtol=1e-5, atol=1e-5)
+        close = (apart[0].logprob - apart[1].logprob).abs() < 1e-5
+        assert (close & same).float().mean() > 0.98
