@@ -24,6 +24,7 @@ from r1fast.check import check
 from r1fast.config import UserError, dump_recipe
 from r1fast.device import choose_device, choose_dtype
 from r1fast.graph import dependents, fingerprints, order, stage_seed
+from r1fast.heap import keep_freed_memory
 from r1fast.metrics import RunLog, write_atomically
 from r1fast.stages.context import StageContext
 from r1fast.summary import one_line, summarize
@@ -233,11 +234,12 @@ def _plain(value: Any) -> Any:
 
 
 def resolve_device(recipe: RecipeConfig) -> tuple[str, str]:
-    """(device, dtype) that the recipe means here; UserError where the asked-for one is not there. Sets the threads."""
+    """(device, dtype) that `auto` means here; UserError where the asked-for one is not there. Sets the threads."""
     import torch
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    keep_freed_memory()
     device = choose_device(recipe.device)
     return device, choose_dtype(recipe.model.dtype, device)
 

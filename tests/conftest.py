@@ -24,3 +24,13 @@ def fresh_state():
 def clean_environment() -> dict[str, str]:
     """The environment for a child process, without the variables that choose backends."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("R1FAST_", "TRITON_INTERPRET"))}
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """The directory of a finished run of the small recipe (micro_run.py): half a minute, made once."""
+    from micro_run import run_micro
+
+    out = tmp_path_factory.mktemp("micro") / "tiny"
+    run_micro(out)
+    return out

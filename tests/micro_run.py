@@ -7,6 +7,7 @@ from pathlib import Path
 from r1fast.config import load_recipe
 from r1fast.progress import PlainProgress
 from r1fast.recipe import run
+from r1fast.schema import RecipeConfig
 
 EASY = "{total_max: 20, start: [1, 10], operand: [1, 5], operations: [1, 3]}"
 MICRO = (
@@ -43,3 +44,11 @@ class Silent(PlainProgress):
 def run_micro(out: Path, *overrides: str, resume: bool = False) -> dict:
     """Runs (or resumes) the small recipe in `out` and returns its summary."""
     return run(load_recipe("tiny", [*MICRO, *overrides]), out, progress=Silent(), resume=resume)
+
+
+def run_micro_stages(out: Path, micro: Path, stages: dict[str, dict]) -> dict:
+    """Runs `stages` (blocks of a recipe) alone, each from the base of the small run in `micro`."""
+    recipe = load_recipe("tiny", MICRO).model_dump(by_alias=True)
+    base = str(micro / "stages" / "base" / "checkpoint")
+    recipe["stages"] = {name: {"from": base, **stage} for name, stage in stages.items()}
+    return run(RecipeConfig.model_validate(recipe), out, progress=Silent())

@@ -88,7 +88,7 @@ def done(rows, checkpoint, tmp_path_factory):
 def test_every_stage_ran(done):
     out, summary = done
     kinds = {s["kind"] for s in summary["stages"]}
-    assert kinds == {"grpo", "reject", "sft", "reward_model", "distill"}
+    assert kinds == {"evaluate", "grpo", "reject", "sft", "reward_model", "distill"}
     steps = [e for e in read_events(out) if e["event"] == "step" and e["stage"] == "zero"]
     assert len(steps) == 2
     for step in steps:

@@ -1,6 +1,7 @@
 """Holds the arrows of the house: what each part may import, read from the sources themselves.
 
-    csrc < kernels < {types, schema, config, metrics, progress, device} < {model, rewards, tasks} < {rollout, learn}
+    csrc < kernels < {types, schema, config, metrics, progress, device, heap} < {model, rewards, tasks}
+         < {rollout, learn}
          < stages < {graph, check, recipe, plan, summary} < {train, evaluate, generate, report}
 
 Left never imports right, at the top of a file or inside a function.
@@ -17,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("r1fast_kernels",),
-    ("types", "schema", "config", "metrics", "progress", "device"),
+    ("types", "schema", "config", "metrics", "progress", "device", "heap"),
     ("model", "rewards", "tasks"),
     ("rollout", "learn"),
     ("stages",),

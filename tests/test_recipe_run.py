@@ -14,9 +14,8 @@ from r1fast.stages.inputs import read_rows
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "tiny"
-    return out, run_micro(out)
+def done(micro):
+    return micro, json.loads((micro / "summary.json").read_text())
 
 
 def events(out, kind, stage=None):

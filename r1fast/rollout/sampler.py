@@ -26,10 +26,10 @@ import torch
 from numpy.typing import NDArray
 
 from r1fast.config import UserError
+from r1fast.heap import keep_freed_memory
 from r1fast.model.decoder import Decoder
 from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.rollout.batch import RunningBatch
-from r1fast.rollout.heap import keep_freed_memory
 from r1fast.rollout.kv_cache import BlockPool
 from r1fast.rollout.scheduler import Chunk, Request, Scheduler
 from r1fast.types import Prompt, Rollout, RolloutGroup

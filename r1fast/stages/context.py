@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from r1fast.metrics import RunLog
-    from r1fast.rewards.pool import RewardPool
+    from r1fast.rewards.pool import WorkerPool
     from r1fast.schema import RecipeConfig, Stage
     from r1fast.tasks import Task
 
@@ -48,7 +48,7 @@ class StageContext:
     log: RunLog
     progress: Progress
     artifacts: Mapping[str, Path]  # directories of the stages done so far, by name
-    pool: RewardPool | None = None  # worker processes for rewards that are not cheap
+    pool: WorkerPool | None = None  # worker processes for rewards that are not cheap
 
     @property
     def torch_dtype(self) -> torch.dtype:

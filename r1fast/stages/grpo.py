@@ -178,7 +178,7 @@ class GRPOStageRun:
         for kind in kinds:
             values = [r.rewards[kind] for r in rollouts if kind in r.rewards]
             by_kind[kind] = sum(values) / len(values)
-        phases = self.timer.take()
+        phases = self.timer.take(other=True)
         tokens = sum(len(r.tokens) for r in rollouts)
         length = tokens / len(rollouts)
         reward = sum(r.reward for r in rollouts) / len(rollouts)
