@@ -68,7 +68,7 @@ def test_op(benchmark, ceiling, op: Op, case, backend: str, direction: str):
         pytest.skip(op.refusal(backend, args))
     run, times = forward(op, args, backend), 1
     if direction == "backward":
-        run, times = forward_and_backward(op, args, backend), 3  # one forward, and two products for each of its own
+        run, times = forward_and_backward(op, args, backend), 3  # a backward is counted as twice the forward
     benchmark.group = f"{op.name} {case.name} {direction}"
     benchmark(run)
 

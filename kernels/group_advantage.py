@@ -239,16 +239,8 @@ OP = register(
         check=check,
         reference=reference,
         backends={
-            "cpu": Backend(
-                _cpu_forward,
-                unavailable=native.cpu_unavailable,
-                supports=lambda *args: _only_float32(*args) or native.on_cpu(*args),
-            ),
-            "cuda": Backend(
-                _cuda_forward,
-                unavailable=native.cuda_unavailable,
-                supports=lambda *args: _gpu_limits(*args) or native.on_cuda(*args),
-            ),
+            "cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_only_float32),
+            "cuda": Backend(_cuda_forward, unavailable=native.cuda_unavailable, supports=_gpu_limits),
             "triton": Backend(_triton_forward, unavailable=triton_unavailable, supports=_triton_supports),
         },
         cases=cases,

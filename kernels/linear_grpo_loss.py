@@ -233,8 +233,8 @@ _DESCRIPTION = {
         torch.float32: Tolerance(1e-5, 2e-5, "float32 products over V and over T"),
         torch.bfloat16: Tolerance(2**-7, 2**-9, "the gradients are rounded once, to 8 bits"),
     },
-    "flops": lambda hidden, weight, *_: 6 * hidden.numel() * weight.shape[0],
-    "bytes": lambda hidden, weight, *_: 3 * (hidden.numel() + weight.numel()) * hidden.element_size(),
+    "flops": lambda hidden, weight, *_: 2 * hidden.numel() * weight.shape[0],
+    "bytes": lambda hidden, weight, *_: (hidden.numel() + weight.numel()) * hidden.element_size(),
 }
 OP = register(
     Op(name="linear_grpo_loss", check=check, reference=reference, cases=cases, invalid=invalid, **_DESCRIPTION)

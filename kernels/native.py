@@ -52,20 +52,3 @@ def cuda_unavailable() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "the CUDA kernels need compute capability 8.0 or newer"
     return None
-
-
-def on_cpu(*args) -> str | None:
-    """`supports` of a CPU backend: every tensor lives on the CPU."""
-    return _on("cpu", args)
-
-
-def on_cuda(*args) -> str | None:
-    """`supports` of a CUDA backend: every tensor lives on the GPU."""
-    return _on("cuda", args)
-
-
-def _on(device: str, args: tuple) -> str | None:
-    for value in args:
-        if isinstance(value, torch.Tensor) and value.device.type != device:
-            return f"a tensor lives on {value.device}, not on {device}"
-    return None

@@ -85,8 +85,8 @@ class Op:
     reference: Callable  # (*args) -> result
     cases: Callable[[], Iterable[Case]]
     tolerances: dict[torch.dtype, Tolerance]  # one entry per dtype the op is tested in
-    flops: Callable[..., int]  # (*args) -> floating point operations of the forward
-    bytes: Callable[..., int]  # (*args) -> bytes that must move in the forward, at least
+    flops: Callable[..., int]  # (*args) -> floating point operations of the forward, no gradient asked
+    bytes: Callable[..., int]  # (*args) -> bytes that must move in it, at least
     backends: dict[str, Backend] = field(default_factory=dict)  # besides "reference"
     gradients: tuple[int, ...] = ()  # positions of the arguments that receive a gradient
     outputs_with_gradient: tuple[int, ...] = (0,)  # positions of the results that send one, where there are as many
@@ -162,7 +162,10 @@ class Op:
         return reason is None
 
     def _require(self, name: str, args: tuple) -> None:
-        reason = self.reason(name) or self.refusal(name, args)
+        reason = self.reason(name)
+        if reason is None and name in ("cpu", "cuda") and args[0].device.type != name:
+            reason = f"the tensors live on {args[0].device}"  # automatic goes by the device and need not ask
+        reason = reason or self.refusal(name, args)
         if reason is not None:
             raise BackendError(f"{self.name}: backend {name} was asked for but cannot be used: {reason}")
 
