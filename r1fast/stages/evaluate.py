@@ -142,22 +142,27 @@ class Evaluator:
         return result, main, general_groups
 
 
+def log_sample(ctx: StageContext, step: int, moment: str, group: RolloutGroup) -> None:
+    """The first sample of a group, as a line of samples.jsonl. `moment`: "evaluation" or "train"."""
+    rollout = group.rollouts[0]
+    ctx.log.sample(
+        stage=ctx.name,
+        step=step,
+        moment=moment,
+        prompt=group.prompt.text,
+        answer=group.prompt.answer,
+        completion=rollout.text,
+        reward=rollout.reward,
+        rewards=dict(rollout.rewards),
+        finish=rollout.finish,
+    )
+
+
 def log_evaluation(ctx: StageContext, step: int, result: dict, shown: list[RolloutGroup]) -> None:
-    """Writes the evaluation to metrics.jsonl and the first sample of each shown group to samples.jsonl."""
+    """The evaluation as a line of metrics.jsonl, and a sample of each shown group."""
     ctx.log.event(event="evaluation", stage=ctx.name, step=step, **result)
     for group in shown:
-        rollout = group.rollouts[0]
-        ctx.log.sample(
-            stage=ctx.name,
-            step=step,
-            moment="evaluation",
-            prompt=group.prompt.text,
-            answer=group.prompt.answer,
-            completion=rollout.text,
-            reward=rollout.reward,
-            rewards=dict(rollout.rewards),
-            finish=rollout.finish,
-        )
+        log_sample(ctx, step, "evaluation", group)
 
 
 def evaluate_stage(ctx: StageContext, model, tokenizer, step: int, sampler: Sampler | None = None) -> dict | None:

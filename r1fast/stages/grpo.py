@@ -18,7 +18,7 @@ from r1fast.metrics import PhaseTimer
 from r1fast.model.weights import clone, copy_weights, save
 from r1fast.rewards.scoring import score
 from r1fast.stages.context import StageOutcome
-from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage
+from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
 from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, start_model
 from r1fast.stages.reward_model import PreferenceReward
 
@@ -215,18 +215,7 @@ class GRPOStageRun:
         )
         self.ctx.progress.update(step, **{k: v for k, v in numbers.items() if v is not None})
         for group in drawn.sampled[:SAMPLED_LINES]:
-            rollout = group.rollouts[0]
-            self.ctx.log.sample(
-                stage=self.ctx.name,
-                step=step,
-                moment="train",
-                prompt=group.prompt.text,
-                answer=group.prompt.answer,
-                completion=rollout.text,
-                reward=rollout.reward,
-                rewards=dict(rollout.rewards),
-                finish=rollout.finish,
-            )
+            log_sample(self.ctx, step, "train", group)
 
     def curve(self, step: int) -> None:
         """A point of the curves, on validation problems: test problems are kept for the stage table."""
