@@ -9,6 +9,7 @@ Conventions, the same for every op:
 - the reference is plain torch and is differentiated by autograd; any other backend is two pure functions:
     forward(*args) -> result                        when the backend has no backward
     forward(*args) -> (result, saved)               when it has one; `saved` is a tuple of tensors and plain values
+                                                    (an op that takes its gradient in forward has `inference` besides)
     backward(saved, grads, needs) -> gradients      `grads`: one per output in `outputs_with_gradient`;
                                                     `needs` and the gradients: one per argument in `gradients`
 """
@@ -54,6 +55,7 @@ class Backend:
 
     forward: Callable
     backward: Callable | None = None
+    inference: Callable | None = None  # forward where no gradient is needed and that saves work -> result
     unavailable: Callable[[], str | None] = _always  # -> the reason it cannot run here, or None
     supports: Callable[..., str | None] = _always  # (*args) -> the reason it cannot take these arguments, or None
 
@@ -180,7 +182,7 @@ class Op:
             return found.forward(*args)
         if self._needs_gradient(args):
             return _Differentiable.apply(self, found, *args)
-        return found.forward(*args)[0]
+        return found.forward(*args)[0] if found.inference is None else found.inference(*args)
 
 
 class _Differentiable(torch.autograd.Function):

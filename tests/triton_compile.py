@@ -1,4 +1,6 @@
-"""Compiles every Triton launch of every registered op for one architecture: `triton_compile.py 90`. No GPU needed.
+"""Compiles every Triton launch of every registered op for one architecture. No GPU needed.
+
+`triton_compile.py 90` does all of them, `triton_compile.py 90 rope swiglu` those of two ops.
 
 Each launch is turned into Triton's warm-up, which goes through the ordinary front end (so the signature, alignment and
 constants are those of a real launch) and stops before loading. Prints registers and spilled bytes, as ptxas says them.
@@ -47,7 +49,24 @@ def usage(ptx: str, architecture: int) -> tuple[int, int]:
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", log)))
 
 
-def main(architecture: int) -> None:
+def launch_all(op, args: tuple) -> None:
+    """Every launch that an op makes of these arguments: forward, backward, and without a gradient."""
+    backend = op.backends["triton"]
+    for i in op.gradients:
+        if args[i] is not None:
+            args[i].requires_grad_()
+    with torch.no_grad():
+        if backend.inference is not None:
+            backend.inference(*args)
+        result = backend.forward(*args)
+        if backend.backward is not None:
+            outputs, saved = result
+            outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+            grads = tuple(torch.zeros_like(outputs[i]) for i in op.outputs_with_gradient if i < len(outputs))
+            backend.backward(saved, grads, (True,) * len(op.gradients))
+
+
+def main(architecture: int, names: list[str]) -> None:
     driver.set_active(Stub(architecture))
     launch, seen = JITFunction.run, {}
 
@@ -58,21 +77,14 @@ def main(architecture: int) -> None:
 
     JITFunction.run = compile_only
     for op in r1fast_kernels.load_ops().values():
-        if "triton" not in op.backends:
+        if "triton" not in op.backends or (names and op.name not in names):
             continue
         seen.clear()
-        backend = op.backends["triton"]
         for dtype in op.tolerances:
             if dtype is torch.float64:
                 continue
             for case in op.cases():
-                args = case.make("cpu", dtype, 0)
-                result = backend.forward(*args)
-                if backend.backward is not None:
-                    outputs, saved = result
-                    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-                    grads = tuple(torch.zeros_like(outputs[i]) for i in op.outputs_with_gradient if i < len(outputs))
-                    backend.backward(saved, grads, (True,) * len(op.gradients))
+                launch_all(op, case.make("cpu", dtype, 0))
         for (name, _), kernel in seen.items():
             registers, spilled = usage(kernel.asm["ptx"], architecture)
             shared = kernel.metadata.shared
@@ -82,4 +94,4 @@ def main(architecture: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])
