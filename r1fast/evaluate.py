@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from r1fast.config import UserError
+from r1fast.metrics import write_atomically
 from r1fast.schema import EvaluationConfig, SamplingConfig, TaskConfig
 
 FIELDS_OF_KIND = {"gsm8k": ("question", "answer"), "math": ("problem", "answer")}
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     show(result)
     if args.out is not None:
-        args.out.write_text(json.dumps({**result, "rows": rows}, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_atomically(args.out, json.dumps({**result, "rows": rows}, ensure_ascii=False, indent=1) + "\n")
     return 0
 
 

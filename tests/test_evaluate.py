@@ -1,0 +1,75 @@
+"""The command `python -m r1fast.evaluate`: its numbers, its file, and what it says to bad input."""
+
+import json
+
+import pytest
+
+from r1fast.evaluate import find_task, kind_of_rows, main
+
+
+def rows_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+GSM8K = {"question": "What is 2 + 2?", "answer": "2 + 2 = 4\n#### 4"}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (GSM8K, "gsm8k"),
+        ({"problem": "What is 2 + 2?", "answer": "4", "solution": "..."}, "math"),
+        ({"question": "What is 2 + 2?", "answer": "4"}, "jsonl"),
+    ],
+)
+def test_the_kind_of_a_file_is_read_from_its_first_row(tmp_path, row, kind):
+    assert kind_of_rows(rows_file(tmp_path / "rows.jsonl", [row])) == kind
+
+
+def test_every_row_of_a_named_file_is_a_problem(tmp_path):
+    rows = [{**GSM8K, "question": f"What is {i} + 2?"} for i in range(40)]
+    task = find_task(str(rows_file(tmp_path / "rows.jsonl", rows)), None)
+    problems = task.problems("test", None, 0)
+    assert len(problems) == 40 and len({p.id for p in problems}) == 40
+    assert len(task.problems("test", 7, 0)) == 7
+
+
+def test_the_numbers_are_those_of_the_completions_it_writes(micro, tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    model = str(micro / "stages" / "cold_start" / "checkpoint")
+    command = [model, "--task", "totals", "--limit", "24", "--samples", "4", "--max-tokens", "40", "--out", str(out)]
+    assert main(command) == 0
+    found = json.loads(out.read_text())
+    assert len(found["rows"]) == found["problems"] == 24
+    correct = [value for row in found["rows"] for value in row["correct"]]
+    assert len(correct) == 96 and found["pass@1"] == pytest.approx(sum(correct) / 96)
+    for row in found["rows"]:
+        assert len(row["completions"]) == 4
+        for text, right in zip(row["completions"], row["correct"], strict=True):
+            assert not right or row["answer"] in text.split()
+    shown = capsys.readouterr().out
+    assert f"{found['pass@1']:.3f}" in shown and "cons@4" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--task", "totols"], "totols"),
+        (["--task", "missing.jsonl"], "no such file"),
+        (["--task", "chat.jsonl"], "not a JSON object"),
+        (["--task", "general"], "no right answers"),
+        (["--task", "totals", "--samples", "0"], "--samples"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(micro, tmp_path, monkeypatch, capsys, arguments, says):
+    (tmp_path / "chat.jsonl").write_text("hello\n")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(micro / "stages" / "base" / "checkpoint"), *arguments]) == 2
+    told = capsys.readouterr().err
+    assert says in told and told.count("\n") == 1
+
+
+def test_a_missing_checkpoint_is_named(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere"), "--task", "totals"]) == 2
+    assert "nowhere" in capsys.readouterr().err
