@@ -397,7 +397,7 @@ def test_a_settled_sampler_touches_no_fresh_memory():
     code = """
 import resource, sys, torch
 from r1fast.model.decoder import Decoder, DecoderConfig
-from r1fast.rollout.heap import keep_freed_memory
+from r1fast.heap import keep_freed_memory
 from r1fast.rollout.sampler import Sampler, SamplingParams
 torch.set_num_threads(1)
 model = Decoder(DecoderConfig(250, 64, 160, layers=2, heads=4, kv_heads=2, head_dim=16)).initialize(0)
