@@ -52,6 +52,33 @@ const Ops& choose() {
   throw std::runtime_error("R1FAST_CPU_ISA=" + asked + ": this CPU or build has no such instruction set");
 }
 
+// What only the data can tell: sequences that would reach outside of the pack, rows outside of a table.
+void check_offsets(const int32_t* cu_seqlens, int64_t sequences, int64_t rows, int64_t max_seqlen) {
+  bool rising = cu_seqlens[0] == 0 && cu_seqlens[sequences] == rows;
+  int64_t longest = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t length = int64_t{cu_seqlens[s + 1]} - cu_seqlens[s];
+    rising &= length >= 0;
+    longest = length > longest ? length : longest;
+  }
+  if (!rising)
+    throw std::invalid_argument("varlen_attention: cu_seqlens must ascend from 0 to " + std::to_string(rows) +
+                                ", the rows of q");
+  if (longest > max_seqlen)
+    throw std::invalid_argument("varlen_attention: max_seqlen is " + std::to_string(max_seqlen) +
+                                ", but a sequence has " + std::to_string(longest) + " tokens");
+}
+
+void check_positions(const int64_t* positions, int64_t rows, int64_t limit) {
+  bool inside = true;
+  for (int64_t i = 0; i < rows; ++i) inside &= static_cast<uint64_t>(positions[i]) < static_cast<uint64_t>(limit);
+  if (!inside)
+    throw std::invalid_argument("rope: a position lies outside the tables, which have " + std::to_string(limit) +
+                                " rows");
+}
+
+r1::Strided strided(Address data, int64_t row, int64_t head) { return {at<const float>(data), row, head}; }
+
 PYBIND11_MODULE(_cpu, m) {
   const Ops& ops = choose();
   m.attr("isa") = ops.name;
@@ -117,4 +144,72 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("philox_words", [&ops](Address counters, Address keys, Address out, int64_t count) {
     ops.philox_words(at<const uint32_t>(counters), at<const uint32_t>(keys), at<uint32_t>(out), count);
   });
+  m.def("vector_exp", [&ops](Address x, Address out, int64_t count) {
+    ops.vector_exp(at<const float>(x), at<float>(out), count);
+  });
+  m.def(
+      "attention_forward",
+      [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v,
+             int64_t v_row, int64_t v_head, Address cu_seqlens, int64_t sequences, int64_t rows, int64_t max_seqlen,
+             int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out, Address lse) {
+        const auto* offsets = at<const int32_t>(cu_seqlens);
+        check_offsets(offsets, sequences, rows, max_seqlen);
+        if (!ops.attention_forward(strided(q, q_row, q_head), strided(k, k_row, k_head), strided(v, v_row, v_head),
+                                   offsets, sequences, heads, kv_heads, dim, scale, at<float>(out), at<float>(lse)))
+          throw std::bad_alloc();
+      },
+      Release());
+  m.def(
+      "attention_backward",
+      [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v,
+             int64_t v_row, int64_t v_head, Address d_out, int64_t d_row, int64_t d_head, Address cu_seqlens,
+             int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out, Address lse,
+             Address d_q, Address d_k, Address d_v) {
+        if (!ops.attention_backward(strided(q, q_row, q_head), strided(k, k_row, k_head), strided(v, v_row, v_head),
+                                    strided(d_out, d_row, d_head), at<const float>(out), at<const float>(lse),
+                                    at<const int32_t>(cu_seqlens), sequences, heads, kv_heads, dim, scale,
+                                    at<float>(d_q), at<float>(d_k), at<float>(d_v)))
+          throw std::bad_alloc();
+      },
+      Release());
+  m.def(
+      "rms_norm_forward",
+      [&ops](Address x, int64_t row, int64_t head, int64_t rows, int64_t inner, int64_t width, Address residual,
+             Address weight, float eps, Address total, Address y, Address scale) {
+        ops.rms_norm_forward(strided(x, row, head), rows, inner, width, at<const float>(residual),
+                             at<const float>(weight), eps, at<float>(total), at<float>(y), at<float>(scale));
+      },
+      Release());
+  m.def(
+      "rms_norm_backward",
+      [&ops](Address s, int64_t row, int64_t head, int64_t rows, int64_t inner, int64_t width, Address weight,
+             Address scale, Address d_y, Address d_total, Address d_x, Address d_weight) {
+        if (!ops.rms_norm_backward(strided(s, row, head), rows, inner, width, at<const float>(weight),
+                                   at<const float>(scale), at<const float>(d_y), at<const float>(d_total),
+                                   at<float>(d_x), at<float>(d_weight)))
+          throw std::bad_alloc();
+      },
+      Release());
+  m.def(
+      "rope",
+      [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address cos,
+             Address sin, int64_t table_rows, Address positions, int64_t rows, int64_t heads, int64_t kv_heads,
+             int64_t half, float turn, Address q_out, Address k_out) {
+        check_positions(at<const int64_t>(positions), rows, table_rows);
+        ops.rope(strided(q, q_row, q_head), strided(k, k_row, k_head), at<const float>(cos), at<const float>(sin),
+                 at<const int64_t>(positions), rows, heads, kv_heads, half, turn, at<float>(q_out), at<float>(k_out));
+      },
+      Release());
+  m.def(
+      "swiglu_forward",
+      [&ops](Address gate_up, int64_t row, int64_t rows, int64_t width, Address out) {
+        ops.swiglu_forward(at<const float>(gate_up), row, rows, width, at<float>(out));
+      },
+      Release());
+  m.def(
+      "swiglu_backward",
+      [&ops](Address gate_up, int64_t row, Address d_out, int64_t rows, int64_t width, Address d_gate_up) {
+        ops.swiglu_backward(at<const float>(gate_up), row, at<const float>(d_out), rows, width, at<float>(d_gate_up));
+      },
+      Release());
 }

@@ -52,3 +52,18 @@ def cuda_unavailable() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "the CUDA kernels need compute capability 8.0 or newer"
     return None
+
+
+def only_float32(x, *_) -> str | None:
+    """`supports` of a backend that computes in float32; the op has checked that its other tensors are like x."""
+    return None if x.dtype is torch.float32 else f"it computes in float32, and the input is {x.dtype}"
+
+
+def without_gaps(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it, whose last dimension is contiguous: the other strides native code takes as they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def place(x: torch.Tensor) -> tuple[int, int, int]:
+    """Address and strides (in elements) of x [rows, heads, width]: what native code calls Strided."""
+    return x.data_ptr(), x.stride(0), x.stride(1)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1fast_kernels import native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
@@ -169,6 +170,41 @@ def _triton_backward(saved, grads, needs) -> tuple:
     return d_x, partial.sum(0).to(weight.dtype) if needs[1] else None, d_x if with_residual else None
 
 
+def _cpu_place(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """x or a copy, and (address, two strides, rows, rows that the first stride steps over, width). The heads of q in a
+    fused projection (QK-norm) are read where they lie."""
+    width = x.shape[-1]
+    if x.dim() == 3 and x.stride(2) == 1 and x.shape[1] and width:
+        return x, (*native.place(x), x.shape[0] * x.shape[1], x.shape[1], width)
+    x = x.contiguous()
+    return x, (x.data_ptr(), width, 0, x.numel() // width if width else 0, 1, width)
+
+
+def _cpu_forward(x, weight, eps, residual) -> tuple[Tensor | tuple[Tensor, Tensor], tuple]:
+    x, place = _cpu_place(x)
+    weight = weight.contiguous()
+    y, scale = x.new_empty(x.shape), x.new_empty(place[3])
+    if residual is None:
+        native.cpu().rms_norm_forward(*place, 0, weight.data_ptr(), eps, 0, y.data_ptr(), scale.data_ptr())
+        return y, (x, weight, scale, False)
+    residual, total = residual.contiguous(), x.new_empty(x.shape)
+    addresses = (total.data_ptr(), y.data_ptr(), scale.data_ptr())
+    native.cpu().rms_norm_forward(*place, residual.data_ptr(), weight.data_ptr(), eps, *addresses)
+    return (y, total), (total, weight, scale, True)
+
+
+def _cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor | None]:
+    normalised, weight, scale, with_residual = saved
+    normalised, place = _cpu_place(normalised)
+    d_y, d_x, d_weight = grads[0].contiguous(), weight.new_empty(normalised.shape), weight.new_empty(weight.shape)
+    d_total = grads[1].contiguous() if with_residual else None
+    native.cpu().rms_norm_backward(
+        *place, weight.data_ptr(), scale.data_ptr(), d_y.data_ptr(), 0 if d_total is None else d_total.data_ptr(),
+        d_x.data_ptr(), d_weight.data_ptr(),
+    )  # fmt: skip
+    return d_x, d_weight, d_x if with_residual else None
+
+
 def _case(size: str, shape: tuple[int, ...], with_residual: bool) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
@@ -213,9 +249,12 @@ OP = register(
         check=check,
         reference=reference,
         backends={
+            "cpu": Backend(
+                _cpu_forward, _cpu_backward, unavailable=native.cpu_unavailable, supports=native.only_float32
+            ),
             "triton": Backend(
                 _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
-            )
+            ),
         },
         cases=cases,
         invalid=invalid,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from r1fast_kernels import native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
@@ -124,6 +125,31 @@ def _triton_backward(saved, grads, needs) -> tuple:
     return tuple(_turned(grad, *saved, -1.0) for grad in grads)
 
 
+def _cpu_supports(q, k, cos, sin, positions) -> str | None:
+    if cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
+        return f"it reads float32 tables, and these are {cos.dtype} and {sin.dtype}"
+    return native.only_float32(q)
+
+
+def _cpu_rotate(q, k, cos, sin, positions, turn: float) -> tuple[Tensor, Tensor]:
+    """`turn`: 1, or -1 to rotate back. q and k are read where they lie in the fused projection."""
+    q, k = native.without_gaps(q), native.without_gaps(k)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    tables = (cos.data_ptr(), sin.data_ptr(), cos.shape[0], positions.data_ptr())
+    sizes = (q.shape[0], q.shape[1], k.shape[1], cos.shape[1])
+    native.cpu().rope(*native.place(q), *native.place(k), *tables, *sizes, turn, q_out.data_ptr(), k_out.data_ptr())
+    return q_out, k_out
+
+
+def _cpu_forward(q, k, cos, sin, positions) -> tuple[tuple[Tensor, Tensor], tuple]:
+    saved = (cos.contiguous(), sin.contiguous(), positions.contiguous())
+    return _cpu_rotate(q, k, *saved, 1.0), saved
+
+
+def _cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor]:
+    return _cpu_rotate(*grads, *saved, -1.0)
+
+
 def _case(size: str, rows: int, heads: int, kv_heads: int, width: int) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
@@ -166,9 +192,10 @@ OP = register(
         check=check,
         reference=reference,
         backends={
+            "cpu": Backend(_cpu_forward, _cpu_backward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
             "triton": Backend(
                 _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
-            )
+            ),
         },
         cases=cases,
         invalid=invalid,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1fast_kernels import native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
@@ -87,6 +88,29 @@ def _triton_backward(saved, grads, needs) -> tuple:
     return (d_gate_up,)
 
 
+def _cpu_sizes(gate_up: Tensor) -> tuple[int, int, int]:
+    """Stride of a row, rows, and the width of a half."""
+    width = gate_up.shape[-1]
+    row = gate_up.stride(0) if gate_up.dim() == 2 else width
+    return row, gate_up.numel() // width if width else 0, width // 2
+
+
+def _cpu_forward(gate_up) -> tuple[Tensor, tuple]:
+    gate_up = native.without_gaps(gate_up) if gate_up.dim() == 2 else gate_up.contiguous()
+    sizes = _cpu_sizes(gate_up)
+    out = gate_up.new_empty((*gate_up.shape[:-1], sizes[2]))
+    native.cpu().swiglu_forward(gate_up.data_ptr(), *sizes, out.data_ptr())
+    return out, (gate_up,)
+
+
+def _cpu_backward(saved, grads, needs) -> tuple[Tensor]:
+    (gate_up,) = saved
+    row, rows, width = _cpu_sizes(gate_up)
+    d_out, d_gate_up = grads[0].contiguous(), gate_up.new_empty(gate_up.shape)
+    native.cpu().swiglu_backward(gate_up.data_ptr(), row, d_out.data_ptr(), rows, width, d_gate_up.data_ptr())
+    return (d_gate_up,)
+
+
 def _case(size: str, rows: int, width: int) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
@@ -120,9 +144,12 @@ OP = register(
         check=check,
         reference=reference,
         backends={
+            "cpu": Backend(
+                _cpu_forward, _cpu_backward, unavailable=native.cpu_unavailable, supports=native.only_float32
+            ),
             "triton": Backend(
                 _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
-            )
+            ),
         },
         cases=cases,
         invalid=invalid,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels import native
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 
 
 def check(q, k, v, cu_seqlens, max_seqlen, scale) -> None:
@@ -116,6 +117,42 @@ def reference(q, k, v, cu_seqlens, max_seqlen, scale) -> Tensor:
     return (torch.cat(results) if len(results) > 1 else results[0]).index_select(0, place)
 
 
+LARGEST_HEAD = 256  # of the C++ backend
+
+
+def _cpu_supports(q, k, v, cu_seqlens, max_seqlen, scale) -> str | None:
+    if q.shape[2] > LARGEST_HEAD:
+        return f"a head of {q.shape[2]} is wider than {LARGEST_HEAD}"
+    if scale is not None and not scale > 0:
+        return f"a scale of {scale} is not positive"
+    return native.only_float32(q)
+
+
+def _cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, tuple]:
+    q, k, v = native.without_gaps(q), native.without_gaps(k), native.without_gaps(v)
+    cu_seqlens = cu_seqlens.contiguous()
+    rows, heads, width = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((rows, heads))
+    sizes = (heads, k.shape[1], width, width**-0.5 if scale is None else scale)
+    ends = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1)
+    native.cpu().attention_forward(
+        *native.place(q), *native.place(k), *native.place(v), *ends, rows, max_seqlen, *sizes,
+        out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    return out, (q, k, v, cu_seqlens, out, lse, sizes)
+
+
+def _cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, cu_seqlens, out, lse, sizes = saved
+    d_out = native.without_gaps(grads[0])
+    d_q, d_k, d_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
+    native.cpu().attention_backward(
+        *native.place(q), *native.place(k), *native.place(v), *native.place(d_out), cu_seqlens.data_ptr(),
+        cu_seqlens.shape[0] - 1, *sizes, *(x.data_ptr() for x in (out, lse, d_q, d_k, d_v)),
+    )  # fmt: skip
+    return d_q, d_k, d_v
+
+
 def _case(size: str, lengths: list[int], heads: int, kv_heads: int, width: int, scale: float | None = None) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
@@ -160,6 +197,9 @@ OP = register(
         name="varlen_attention",
         check=check,
         reference=reference,
+        backends={
+            "cpu": Backend(_cpu_forward, _cpu_backward, unavailable=native.cpu_unavailable, supports=_cpu_supports)
+        },
         cases=cases,
         invalid=invalid,
         gradients=(0, 1, 2),

@@ -7,12 +7,20 @@
 
 // Every function, for the table that the bindings fill once per instruction set.
 #define R1_CPU_NAMES(X, isa)  \
+  X(isa, attention_forward)   \
+  X(isa, attention_backward)  \
   X(isa, group_advantage)     \
   X(isa, group_advantage_ids) \
   X(isa, paged_append)        \
   X(isa, paged_attention)     \
   X(isa, philox_words)        \
-  X(isa, sample_token)
+  X(isa, rms_norm_forward)    \
+  X(isa, rms_norm_backward)   \
+  X(isa, rope)                \
+  X(isa, sample_token)        \
+  X(isa, swiglu_forward)      \
+  X(isa, swiglu_backward)     \
+  X(isa, vector_exp)
 
 #define R1_CPU_OPS                                                                                                    \
   /* rewards, out: [groups * group_size] */                                                                           \
@@ -36,9 +44,40 @@
   /* 2 top_k, 3 top_p; or 4: memory ran out */                                                                        \
   int sample_token(const float* logits, const int64_t* seed, const int64_t* sequence, const int64_t* position,        \
                    const float* temperature, const int32_t* top_k, const float* top_p, int64_t* token,                \
-                   float* logprob, float* logprob_full, int64_t rows, int64_t vocabulary);
+                   float* logprob, float* logprob_full, int64_t rows, int64_t vocabulary);                            \
+  /* x, out: [count] */                                                                                               \
+  void vector_exp(const float* x, float* out, int64_t count);                                                         \
+  /* q, d_out: [T, heads, dim]; k, v: [T, kv_heads, dim]; out, d_q, d_k, d_v of those shapes; lse: [T, heads]; */     \
+  /* cu_seqlens: [sequences + 1], rising; scale > 0; dim <= 256. False when memory runs out */                        \
+  bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlens, int64_t sequences,               \
+                         int64_t heads, int64_t kv_heads, int64_t dim, float scale, float* out, float* lse);          \
+  bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const float* out, const float* lse,         \
+                          const int32_t* cu_seqlens, int64_t sequences, int64_t heads, int64_t kv_heads,              \
+                          int64_t dim, float scale, float* d_q, float* d_k, float* d_v);                              \
+  /* x: [rows / inner, inner, width]; weight, d_weight: [width]; scale: [rows], 1 / rms; all others [rows, width]: */ \
+  /* residual, total = x + residual and d_total (null where there is none); s: what was normalised, x or total */     \
+  void rms_norm_forward(Strided x, int64_t rows, int64_t inner, int64_t width, const float* residual,                 \
+                        const float* weight, float eps, float* total, float* y, float* scale);                        \
+  /* False when memory runs out */                                                                                    \
+  bool rms_norm_backward(Strided s, int64_t rows, int64_t inner, int64_t width, const float* weight,                  \
+                         const float* scale, const float* d_y, const float* d_total, float* d_x, float* d_weight);    \
+  /* q, q_out: [rows, heads, 2 half]; k, k_out: [rows, kv_heads, 2 half]; cos, sin: [P, half]; */                     \
+  /* positions: [rows], in [0, P); turn: 1, or -1 to rotate back */                                                   \
+  void rope(Strided q, Strided k, const float* cos, const float* sin, const int64_t* positions, int64_t rows,         \
+            int64_t heads, int64_t kv_heads, int64_t half, float turn, float* q_out, float* k_out);                   \
+  /* gate_up: [rows, 2 width], `row` apart; d_gate_up: [rows, 2 width]; out, d_out: [rows, width] */                  \
+  void swiglu_forward(const float* gate_up, int64_t row, int64_t rows, int64_t width, float* out);                    \
+  void swiglu_backward(const float* gate_up, int64_t row, const float* d_out, int64_t rows, int64_t width,            \
+                       float* d_gate_up);
 
 namespace r1 {
+
+// A tensor [rows, heads, width] whose last dimension is contiguous; the other strides in elements.
+struct Strided {
+  const float* data;
+  int64_t row, head;
+};
+
 namespace generic {
 R1_CPU_OPS
 }

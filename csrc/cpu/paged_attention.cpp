@@ -31,7 +31,7 @@ R1_INLINE float dot(const float* a, const float* b, int64_t width) {
   return found;
 }
 
-// sum = sum * keep + weights @ values over `count` positions, for the VECTORS * 16 floats from `at` on.
+// sum = sum * keep + weights @ values over `count` positions, for the VECTORS * kLanes floats from `at` on.
 template <int VECTORS>
 R1_INLINE void add_part(float* sum, float keep, const float* weights, const float* const* values, int count,
                         int64_t at) {

@@ -19,7 +19,7 @@ struct Row {
   int64_t size;
   float maximum, inverse;  // the largest logit, and 1 / temperature
 
-  // e^((logit - maximum) / temperature) of the 16 tokens from i on, zero past the end. The difference comes first, so
+  // e^((logit - maximum) / temperature) of the kLanes tokens from i on, zero past the end. The difference comes first, so
   // that its rounding is that of small numbers.
   R1_INLINE Vec weights(int64_t i) const {
     const bool whole = i + kLanes <= size;
@@ -75,7 +75,7 @@ struct Above {
   int64_t count;
 };
 
-// Sum and number of the weights above `least`; `padded` is a multiple of 16. Never smaller for a smaller `least`, also
+// Sum and number of the weights above `least`; `padded` is a multiple of kLanes. Never smaller for a smaller `least`, also
 // in floating point: rounding is monotonic, and the order of addition is fixed.
 Above above(const float* weights, int64_t padded, float least) {
   Above found{0, 0};

@@ -1,6 +1,7 @@
-// Sixteen floats at a time, in the compiler's vector extension: one source that becomes AVX-512, two AVX2 or four SSE
-// operations. (GCC 12 ends a loop under `omp simd reduction` with sixteen additions in a row, and leaves some of our
-// loops scalar for fear of aliasing: written out, decode attention takes 0.21 ms where it took 0.56.)
+// Floats by the vector, in the compiler's vector extension: one source, as wide as the instruction set it is compiled
+// for. (GCC 12 ends a loop under `omp simd reduction` with sixteen additions in a row, and leaves some of our loops
+// scalar for fear of aliasing: written out, decode attention takes 0.21 ms where it took 0.56. A vector wider than the
+// machine's is no way out: its comparisons and selections become one scalar comparison a lane.)
 #pragma once
 
 #include <cstring>
@@ -12,12 +13,18 @@
 namespace r1 {
 namespace R1_ISA {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));  // also what a comparison gives: -1 where it holds
-typedef uint32_t BitVec __attribute__((vector_size(64)));
-typedef float Half __attribute__((vector_size(32)));
-typedef float Quarter __attribute__((vector_size(16)));
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));  // also what a comparison gives: -1 where it holds
+typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+
+R1_INLINE Vec all(float x) { return x - Vec{}; }
 
 R1_INLINE Vec load(const float* from) {
   Vec v;
@@ -25,33 +32,74 @@ R1_INLINE Vec load(const float* from) {
   return v;
 }
 R1_INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
-// The first `count` < 16 lanes from memory, the others `fill`.
+// The first `count` < kLanes lanes from memory, the others `fill`.
 R1_INLINE Vec load_part(const float* from, int64_t count, float fill) {
-  Vec v = fill - Vec{};
+  Vec v = all(fill);
   std::memcpy(&v, from, count * sizeof(float));
   return v;
 }
+// A vector, or the first `count` lanes where fewer are left; the others are zero, and their memory is not touched.
+R1_INLINE Vec load(const float* from, int64_t count) { return count < kLanes ? load_part(from, count, 0) : load(from); }
+R1_INLINE void store(float* to, Vec v, int64_t count) {
+  std::memcpy(to, &v, count < kLanes ? count * sizeof(float) : sizeof v);
+}
 R1_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// Lanes folded in half four times. (memcpy, because GCC 11 has no __builtin_shufflevector.)
-template <typename Fold>
-R1_INLINE float fold(Vec v, Fold f) {
-  Half halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  const Half h = f(halves[0], halves[1]);
-  Quarter quarters[2];
-  std::memcpy(quarters, &h, sizeof h);
-  const Quarter q = f(quarters[0], quarters[1]);
-  return f(f(q[0], q[2]), f(q[1], q[3]));
-}
-R1_INLINE float sum_of(Vec v) {
-  return fold(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-}
-R1_INLINE float max_of(Vec v) {
-  return fold(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+// 0, 1, 2, ...
+R1_INLINE IntVec lane_numbers() {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
 }
 
-// e^x for x <= 0: within 2 ulp of exact down to -87, 0 below (the result would be subnormal), NaN for NaN.
+// Lane i takes lane i ^ STEP.
+template <int STEP>
+R1_INLINE Vec swapped(Vec v) {
+#if defined(__clang__)
+  Vec w;
+  for (int i = 0; i < kLanes; ++i) w[i] = v[i ^ STEP];
+  return w;
+#else
+  return __builtin_shuffle(v, lane_numbers() ^ STEP);  // GCC 11 has no __builtin_shufflevector
+#endif
+}
+
+R1_INLINE float sum_of(Vec v) {
+  if (kLanes > 8) v += swapped<8 % kLanes>(v);
+  if (kLanes > 4) v += swapped<4 % kLanes>(v);
+  v += swapped<2>(v);
+  v += swapped<1>(v);
+  return v[0];
+}
+R1_INLINE float max_of(Vec v) {
+  if (kLanes > 8) v = larger(v, swapped<8 % kLanes>(v));
+  if (kLanes > 4) v = larger(v, swapped<4 % kLanes>(v));
+  v = larger(v, swapped<2>(v));
+  v = larger(v, swapped<1>(v));
+  return v[0];
+}
+
+// One step of a transposition: in each pair of rows STEP apart, the off-diagonal blocks of STEP lanes change places.
+template <int STEP>
+R1_INLINE void exchange(Vec* rows) {
+  const IntVec odd = (lane_numbers() & STEP) != 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & STEP)) {
+      const Vec a = rows[i], b = rows[i | STEP];
+      rows[i] = odd ? swapped<STEP>(b) : a;
+      rows[i | STEP] = odd ? b : swapped<STEP>(a);
+    }
+}
+
+// Of a square of kLanes rows.
+R1_INLINE void transpose_square(Vec* rows) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  if (kLanes > 4) exchange<4 % kLanes>(rows);
+  if (kLanes > 8) exchange<8 % kLanes>(rows);
+}
+
+// e^x for x <= 88.3: within 2 ulp of exact down to -87, 0 below (the result would be subnormal), NaN for NaN.
 // x = n ln2 + r with |r| <= ln2 / 2; e^r by the degree-6 minimax polynomial of Cephes' expf; 2^n by its exponent bits.
 template <typename Float, typename Bits>
 R1_INLINE Float exp_by_bits(Float x) {
@@ -71,6 +119,11 @@ R1_INLINE Float exp_by_bits(Float x) {
 }
 R1_INLINE float exp_nonpositive(float x) { return exp_by_bits<float, uint32_t>(x); }
 R1_INLINE Vec exp_nonpositive(Vec x) { return exp_by_bits<Vec, BitVec>(x); }
+// For any x; above 88.3 it is e^88.3.
+R1_INLINE Vec exp_any(Vec x) { return exp_by_bits<Vec, BitVec>(x > 88.3f ? all(88.3f) : x); }
+
+// 1 / (1 + e^-x)
+R1_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_any(-x)); }
 
 }  // namespace R1_ISA
 }  // namespace r1
