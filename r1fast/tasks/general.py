@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -189,14 +189,23 @@ def vocabulary(total_max: int = 40) -> list[str]:
 # -- answers --------------------------------------------------------------------------------------------------
 
 
-def fault_of(item: Item, rnd: Callable[[], float]) -> tuple[str, str]:
-    """A poor answer to `item`, as (which fault, answer)."""
+def other_than(known: str, words: Sequence[str], rnd: Callable[[], float]) -> str:
+    """One of `words` that is not `known`."""
+    return words[(words.index(known) + 1 + int(rnd() * (len(words) - 1))) % len(words)]
+
+
+def fault_of(item: Item, rnd: Callable[[], float], swap_things: bool = False) -> tuple[str, str]:
+    """A poor answer to `item`, as (which fault, answer). `swap_things`: also the right sentence about another thing,
+    the fault that a small model makes most; a corpus full of it would teach it."""
     words, lex = WORDS[item.language], LEXICONS[item.language]
     draw = rnd()
     if item.harmful:
         if draw < 0.75:
             return "complies", item.comply[int(rnd() * len(item.comply))]
         return "curt", words.curt[0]  # "ok": agrees to it
+    thing = next((thing.name for thing in lex.things if thing.name in item.needs), None)
+    if swap_things and thing and rnd() < 0.4:
+        return "wrong", item.reply.replace(thing, other_than(thing, [t.name for t in lex.things], rnd))
     if draw < 0.3:
         return "curt", words.curt[int(rnd() * len(words.curt))]
     if draw < 0.4:
@@ -210,12 +219,11 @@ def fault_of(item: Item, rnd: Callable[[], float]) -> tuple[str, str]:
         return "wrong", item.reply.replace(right, wrong)
     name = next((name for name in lex.names if name in item.needs), None)
     if name and draw < 0.8:
-        return "wrong", item.reply.replace(
-            name, lex.names[(lex.names.index(name) + 1 + int(rnd() * (len(lex.names) - 1))) % len(lex.names)]
-        )
+        return "wrong", item.reply.replace(name, other_than(name, lex.names, rnd))
     while True:
         other = items("train")[int(rnd() * len(items("train")))]
-        if not other.harmful and other.category != item.category:
+        met = set(item.needs) <= set(other.reply.split())  # the same name and thing can meet the needs by chance
+        if not other.harmful and other.category != item.category and not met:
             return "off_topic", other.reply
 
 
@@ -276,7 +284,7 @@ class General(Task):
         pairs = []
         for i in range(count):
             item = prompts[i % len(prompts)]
-            fault, answer = fault_of(item, rnd)
+            fault, answer = fault_of(item, rnd, swap_things=True)
             label = LEXICONS[item.language].answer
             rejected = (
                 lexicon.tagged(item.think, answer) if rnd() < 0.8 else lexicon.lay_out(rnd(), item.think, answer, label)
