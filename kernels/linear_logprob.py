@@ -7,6 +7,8 @@
 Logits are the largest tensor of training ([T, V] in fp32: 20 GB at 32k tokens and 152k words), so they only exist a
 chunk of rows at a time, in fp32; the backward pass makes each chunk again. Weight gradients are summed in fp32, chunk
 after chunk, in a fixed order: the same call gives the same bits.
+
+The Triton kernels, which linear_grpo_loss.py uses too, are in linear_head_triton.py.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from r1fast_kernels.op import Case, Op, Tolerance, register
+from r1fast_kernels import linear_head_triton as head_triton
+from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.triton_support import triton_unavailable
 
 
 def check_head(op, hidden, weight, targets, temperature) -> None:
@@ -133,6 +137,23 @@ def reference(hidden, weight, targets, temperature) -> tuple[Tensor, Tensor]:
     return _LinearLogprob.apply(hidden, weight, targets, temperature)
 
 
+def _triton_forward(hidden, weight, targets, temperature) -> tuple[tuple[Tensor, Tensor], tuple]:
+    head = head_triton.Head(hidden, weight, targets, temperature)
+    found = head.measure()
+    head.run(head.every, found, head_triton.NO_LOSS, head_triton.Streams(), head_triton.Settings(), None)
+    return (found.logp, found.entropy), (hidden, weight, targets, found.lse, temperature)
+
+
+def _triton_backward(saved, grads, needs) -> tuple[Tensor | None, Tensor | None]:
+    hidden, weight, targets, lse, temperature = saved
+    head = head_triton.Head(hidden, weight, targets, temperature)
+    slopes = grads[0].contiguous()
+    trained, _ = head.split(slopes != 0)
+    into = head_triton.Gradients(head, trained, needs)
+    head.run_gradient(trained, lse, slopes, into)
+    return into.d_hidden, None if into.d_weight is None else into.d_weight.to(weight.dtype)
+
+
 def head_case(size: str, rows: int, hidden: int, vocabulary: int, device: str, dtype: torch.dtype, generator) -> tuple:
     """(hidden, weight, targets) with logits of standard deviation 2 and likely targets among them."""
     h = torch.randn(rows, hidden, generator=generator, dtype=torch.float32)
@@ -177,6 +198,11 @@ OP = register(
         name="linear_logprob",
         check=check,
         reference=reference,
+        backends={
+            "triton": Backend(
+                _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=head_triton.supports
+            )
+        },
         cases=cases,
         invalid=invalid,
         gradients=(0, 1),
@@ -188,7 +214,9 @@ OP = register(
         },
         gradient_tolerances={
             torch.float32: Tolerance(1e-5, 2e-5, "float32 products over V and over T"),
-            torch.bfloat16: Tolerance(2**-7, 2**-9, "the gradients are rounded once, to 8 bits"),
+            torch.bfloat16: Tolerance(
+                2**-7, 2**-4, "8 bits of each logit's gradient, which then sum over rows and words: 0.4% of the whole"
+            ),
         },
         flops=lambda hidden, weight, *_: 2 * hidden.numel() * weight.shape[0],
         bytes=lambda hidden, weight, *_: (

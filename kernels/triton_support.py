@@ -16,9 +16,14 @@ except ImportError:  # a CPU build of torch brings no triton
     triton = tl = None
 
 
-def jit(function):
-    """`triton.jit`, or the plain function where Triton is missing (nothing then calls it)."""
-    return function if triton is None else triton.jit(function)
+def jit(function=None, **options):
+    """`triton.jit`, bare or with options; the plain function where Triton is missing (nothing then calls it).
+
+    `do_not_specialize=[names]` keeps a count that changes from call to call from compiling the kernel anew.
+    """
+    if function is None:
+        return lambda decorated: jit(decorated, **options)
+    return function if triton is None else triton.jit(function, **options)
 
 
 def next_power_of_2(n: int) -> int:

@@ -62,7 +62,7 @@ def launch_all(op, args: tuple) -> None:
         if backend.backward is not None:
             outputs, saved = result
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-            grads = tuple(torch.zeros_like(outputs[i]) for i in op.outputs_with_gradient if i < len(outputs))
+            grads = tuple(torch.ones_like(outputs[i]) for i in op.outputs_with_gradient if i < len(outputs))
             backend.backward(saved, grads, (True,) * len(op.gradients))
 
 
