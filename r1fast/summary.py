@@ -93,6 +93,7 @@ def claims(recipe: RecipeConfig, evaluations: Mapping[str, Mapping | None]) -> l
                     f"RL adds at least {RL_GAIN:.0f} points of pass@1: {name} {after:.1%} from {stage.from_} "
                     f"{before:.1%}{room}",
                     gain,
+                    "points",
                     gain >= RL_GAIN,
                 )
             )
@@ -101,7 +102,7 @@ def claims(recipe: RecipeConfig, evaluations: Mapping[str, Mapping | None]) -> l
         above = sum(e["cons@k"] >= e["pass@1"] for e in judged)
         k = judged[0].get("k")
         text = f"cons@{k} is at least pass@1 in most evaluations: in {above} of {len(judged)}"
-        found.append(_claim(text, above / len(judged), above * 2 > len(judged)))
+        found.append(_claim(text, 100 * above / len(judged), "% of them", above * 2 > len(judged)))
     for name, stage in recipe.stages.items():
         if stage.kind != "distill" or name not in scores:
             continue
@@ -109,12 +110,12 @@ def claims(recipe: RecipeConfig, evaluations: Mapping[str, Mapping | None]) -> l
             if rival.kind == "grpo" and rival.from_ == stage.from_ and other in scores:
                 ahead = 100 * (scores[name] - scores[other])
                 text = f"{name} {scores[name]:.1%}, {other} {scores[other]:.1%}"
-                found.append(_claim(f"distilling beats RL alone in the same student: {text}", ahead, ahead > 0))
+                found.append(_claim(f"distilling beats RL alone in the same student: {text}", ahead, "points", ahead > 0))
     return found
 
 
-def _claim(text: str, value: float, holds: bool) -> dict[str, Any]:
-    return {"claim": text, "value": round(value, 4), "holds": bool(holds)}
+def _claim(text: str, value: float, unit: str, holds: bool) -> dict[str, Any]:
+    return {"claim": text, "value": round(value, 4), "unit": unit, "holds": bool(holds)}
 
 
 # -- for the terminal ---------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ BAD = {
     "missing file": ([*GSM8K, "data=gone.jsonl"], ["tasks.gsm8k.path", "no such file: gone.jsonl"]),
     "missing rows file": (["stages.sft.data.0={path: gone.jsonl}"], ["stages.sft.data.0.path", "no file gone.jsonl"]),
     "no data": (["gsm8k", "model.path=model"], ["tasks.gsm8k.path", "give its path here or as `data`"]),
-    "no model": (["gsm8k", "data=rows.jsonl"], ["'zero' starts from `model`", "model.path=DIR"]),
+    "no model": (["gsm8k", "data=rows.jsonl"], ["'start' starts from `model`", "model.path=DIR"]),
     "missing model": ([*GSM8K, "model.path=gone"], ["gone: no such checkpoint folder"]),
     "from no stage": (["stages.zero.from=bose"], ["stages.zero.from is 'bose'", "did you mean 'base'"]),
     "circle": (["stages.zero.from=all_rl"], ["circle", "zero reads all_rl"]),

@@ -226,9 +226,10 @@ def test_claims_are_measured_and_told_also_when_they_fail(load):
     scores["student"]["cons@k"] = 0.05
     found = {claim["claim"].split(":")[1].split()[0]: claim for claim in claims(load(), scores)}
     assert found["zero"]["value"] == pytest.approx(50) and found["zero"]["holds"] is True
+    assert found["zero"]["unit"] == "points"
     assert found["all_rl"]["value"] == pytest.approx(10) and found["all_rl"]["holds"] is False
     assert found["distill"]["value"] == pytest.approx(10) and found["distill"]["holds"] is True
-    assert found["in"]["value"] == pytest.approx(6 / 7, abs=1e-3) and found["in"]["holds"] is True
+    assert found["in"]["value"] == pytest.approx(600 / 7, abs=1e-3) and found["in"]["holds"] is True
     assert len(found) == 5  # and student_rl's
     worse = {**scores, "distill": evaluation(0.4)}
     assert [c["holds"] for c in claims(load(), worse) if "distilling" in c["claim"]] == [False]

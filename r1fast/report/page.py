@@ -141,6 +141,7 @@ def _checks(run: Run) -> Html | None:
         holds, value = bool(check["holds"]), check["value"]
         words = tag("span", "✓ holds" if holds else "✗ does not hold", class_=f"verdict {'yes' if holds else 'no'}")
         written = value if isinstance(value, str) else short(float(value)) if value is not None else "–"
+        written = f"{written} {check['unit']}" if check.get("unit") else written
         rows.append(tag("li", words, tag("span", check["claim"], class_="claim"), tag("span", written, class_="value")))
     return tag("ul", rows, class_="checks", aria_label="Measured claims")
 
