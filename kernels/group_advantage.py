@@ -13,6 +13,8 @@ they stand. Sums are taken in double: rewards are few, and a large common offset
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -159,29 +161,28 @@ def _triton_forward(rewards, group_size, group_ids, normalize_std, eps) -> Tenso
     return out
 
 
-def _native_forward(module, stream, rewards, group_size, group_ids, normalize_std, eps) -> Tensor:
+def _native_forward(run, rewards, group_size, group_ids, normalize_std, eps) -> Tensor:
+    """`run(name, *arguments)` calls the native function of that name."""
     r = rewards.float().contiguous()
     out = torch.empty_like(r)
     if r.shape[0] == 0:
         return out
     if group_ids is None:
         sizes = (r.shape[0] // group_size, group_size)
-        module.group_advantage(r.data_ptr(), out.data_ptr(), *sizes, bool(normalize_std), eps, *stream)
+        run("group_advantage", r.data_ptr(), out.data_ptr(), *sizes, bool(normalize_std), eps)
     else:
         ids = group_ids.contiguous()
-        module.group_advantage_ids(
-            r.data_ptr(), ids.data_ptr(), out.data_ptr(), r.shape[0], bool(normalize_std), eps, *stream
-        )
+        addresses = (r.data_ptr(), ids.data_ptr(), out.data_ptr())
+        run("group_advantage_ids", *addresses, r.shape[0], bool(normalize_std), eps)
     return out
 
 
 def _cpu_forward(*args) -> Tensor:
-    return _native_forward(native.cpu(), (), *args)
+    return _native_forward(native.call_cpu, *args)
 
 
 def _cuda_forward(*args) -> Tensor:
-    with torch.cuda.device(args[0].device):
-        return _native_forward(native.cuda(), (torch.cuda.current_stream().cuda_stream,), *args)
+    return _native_forward(partial(native.launch, args[0].device), *args)
 
 
 def _case(size: str, counts: list[int], equal: bool, normalize: bool = True) -> Case:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1fast_kernels import native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import jit, tl, triton_unavailable, where_triton_runs
 
@@ -201,21 +202,26 @@ def _loss_rows(
     tl.store(own + 4 * programs, tl.max(ratio, 0))
 
 
-def _triton_supports(
-    logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
-) -> str | None:
+def _supports(logp, *rest) -> str | None:
     if logp.dtype == torch.float64:
         return "logp is float64, which only the reference keeps"
-    if sequence_ids is not None:
-        return "it has no ratio over sequences (GSPO)"
-    return where_triton_runs(logp, old_logp, ref_logp, advantages, weights)
+    return None if rest[-1] is None else "it has no ratio over sequences (GSPO)"
+
+
+def _triton_supports(*args) -> str | None:
+    return _supports(*args) or where_triton_runs(*args[:5])
+
+
+def _float_streams(*streams) -> list[Tensor]:
+    """The five streams of rows as a kernel reads them; logp stands in for what is not given."""
+    logp = streams[0].detach().float().contiguous()
+    return [logp, *(logp if x is None else x.detach().float().contiguous() for x in streams[1:])]
 
 
 def _triton_forward(
     logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
 ) -> tuple:
-    named = (logp, old_logp, ref_logp, advantages, weights)
-    streams = [logp if x is None else x.detach().float().contiguous() for x in named]
+    streams = _float_streams(logp, old_logp, ref_logp, advantages, weights)
     rows, programs = logp.shape[0], -(-logp.shape[0] // BLOCK)
     loss, slope = torch.empty(2, rows, dtype=torch.float32, device=logp.device)
     partial = torch.empty(5, max(programs, 1), dtype=torch.float32, device=logp.device)
@@ -229,9 +235,23 @@ def _triton_forward(
     return (loss, kl_sum, clipped, ratio_sum, partial[4].amax(), count), (slope, logp.dtype)
 
 
-def _triton_backward(saved, grads, needs) -> tuple:
+def _backward(saved, grads, needs) -> tuple:
     slope, dtype = saved
     return ((grads[0] * slope).to(dtype),)
+
+
+def _cuda_forward(
+    logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
+) -> tuple:
+    streams = _float_streams(logp, old_logp, ref_logp, advantages, weights)
+    rows, kind = logp.shape[0], KIND_NUMBER["none" if ref_logp is None else kl_kind]
+    loss, slope, stats = (streams[0].new_empty(n) for n in (rows, rows, 5))
+    partial = stats.new_empty(5 * native.cuda().grpo_loss_blocks(rows))
+    settings = (1 - clip_low, 1 + clip_high, kl_coef, kind)
+    results = (x.data_ptr() for x in (loss, slope, partial, stats))
+    native.launch(logp.device, "grpo_loss", *(x.data_ptr() for x in streams), rows, *settings, *results)
+    kl_sum, clipped, ratio_sum, count, largest = stats.unbind()
+    return (loss, kl_sum, clipped, ratio_sum, largest, count), (slope, logp.dtype)
 
 
 def _case(size: str, rows: int, *settings, on_policy=False, masked=0.0, gspo=False, kl=True) -> Case:
@@ -296,9 +316,8 @@ OP = register(
         check=check,
         reference=reference,
         backends={
-            "triton": Backend(
-                _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=_triton_supports
-            )
+            "cuda": Backend(_cuda_forward, _backward, unavailable=native.cuda_unavailable, supports=_supports),
+            "triton": Backend(_triton_forward, _backward, unavailable=triton_unavailable, supports=_triton_supports),
         },
         cases=cases,
         invalid=invalid,

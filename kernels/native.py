@@ -67,3 +67,21 @@ def without_gaps(x: torch.Tensor) -> torch.Tensor:
 def place(x: torch.Tensor) -> tuple[int, int, int]:
     """Address and strides (in elements) of x [rows, heads, width]: what native code calls Strided."""
     return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+# The numbers of csrc/cuda/ops.h's R1Type.
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def call_cpu(name: str, *arguments):
+    """Function `name` of the CPU module; what it raises for bad values comes through."""
+    return getattr(cpu(), name)(*arguments)
+
+
+def launch(device: torch.device, name: str, *arguments) -> None:
+    """Launcher `name` of the CUDA module, on torch's current stream of `device`; it waits for nothing.
+
+    Raises RuntimeError, with CUDA's words, when a launch fails.
+    """
+    with torch.cuda.device(device):
+        getattr(cuda(), name)(*arguments, torch.cuda.current_stream().cuda_stream)

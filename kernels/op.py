@@ -30,6 +30,8 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 VARIABLE = "R1FAST_BACKEND"
 # What automatic tries, first to last. Triton's interpreter runs on CPU tensors but is only ever asked for by name.
 AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Where the tensors of a native backend live. (Tests compile the CUDA kernels for the CPU and change its entry.)
+LIVES_ON = {"cpu": "cpu", "cuda": "cuda"}
 
 log = logging.getLogger("r1fast_kernels")
 _requested: ContextVar[str | None] = ContextVar("r1fast_backend", default=None)
@@ -165,7 +167,7 @@ class Op:
 
     def _require(self, name: str, args: tuple) -> None:
         reason = self.reason(name)
-        if reason is None and name in ("cpu", "cuda") and args[0].device.type != name:
+        if reason is None and args[0].device.type != LIVES_ON.get(name, args[0].device.type):
             reason = f"the tensors live on {args[0].device}"  # automatic goes by the device and need not ask
         reason = reason or self.refusal(name, args)
         if reason is not None:

@@ -174,6 +174,51 @@ def _cpu_append(k, v, k_cache, v_cache, slot_mapping) -> None:
     native.cpu().paged_append(*addresses, slots.data_ptr(), *sizes)
 
 
+WIDEST_HEAD = 256  # of the CUDA kernel: a lane holds 8 numbers of a head, and a warp has 32 lanes
+LONGEST_TABLE = 1 << 24  # positions: splits of 256 lie along a dimension of the grid that ends at 65535
+
+
+def _cuda_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> str | None:
+    if q.dtype not in native.ELEMENT_TYPES:
+        return f"it has no {q.dtype}"
+    if cu_seqlens_q is not None:
+        return "it decodes: one query a sequence"
+    if q.shape[2] % 8 or q.shape[2] > WIDEST_HEAD:
+        return f"its head sizes are multiples of 8 up to {WIDEST_HEAD}, and here it is {q.shape[2]}"
+    if not 0 < block_tables.shape[1] * k_cache.shape[1] <= LONGEST_TABLE or not k_cache.numel():
+        return f"its tables hold 1 to {LONGEST_TABLE} positions, and its cache is not empty"
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()) or k_cache.data_ptr() % 16 or v_cache.data_ptr() % 16:
+        return "the caches are not contiguous, or do not begin at a multiple of 16 bytes"
+    return None
+
+
+def _cuda_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> Tensor:
+    q, table, lens = _rows(q), block_tables, context_lens.contiguous()
+    table = table if table.stride(1) == 1 else table.contiguous()
+    rows, heads, width = q.shape
+    blocks, block, kv_heads = k_cache.shape[:3]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    splits = native.cuda().paged_attention_splits(table.shape[1], block)
+    partial = lens.new_empty(rows * splits * heads * (width + 2) if splits > 1 else 0, dtype=torch.float32)
+    cache = (k_cache.data_ptr(), v_cache.data_ptr(), native.ELEMENT_TYPES[q.dtype])
+    tables = (table.data_ptr(), table.stride(0), lens.data_ptr())
+    sizes = (rows, heads, kv_heads, width, blocks, block, table.shape[1], scale or width**-0.5)
+    results = (out.data_ptr(), partial.data_ptr())
+    native.launch(q.device, "paged_attention", q.data_ptr(), q.stride(0), *cache, *tables, *results, *sizes)
+    return out
+
+
+def _cuda_append_supports(k, *_rest) -> str | None:
+    return None if k.dtype in native.ELEMENT_TYPES else f"it has no {k.dtype}"
+
+
+def _cuda_append(k, v, k_cache, v_cache, slot_mapping) -> None:
+    k, v, slots = _rows(k), _rows(v), slot_mapping.contiguous()
+    addresses = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr())
+    sizes = (k.shape[0], k.shape[1] * k.shape[2], k_cache.shape[0] * k_cache.shape[1], k.element_size())
+    native.launch(k.device, "paged_append", *addresses, slots.data_ptr(), *sizes)
+
+
 def _cache(
     blocks: int, block: int, kv_heads: int, width: int, device: str, dtype: torch.dtype, generator
 ) -> list[Tensor]:
@@ -272,7 +317,10 @@ OP = register(
         name="paged_attention",
         check=check,
         reference=reference,
-        backends={"cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports)},
+        backends={
+            "cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
+            "cuda": Backend(_cuda_forward, unavailable=native.cuda_unavailable, supports=_cuda_supports),
+        },
         cases=cases,
         invalid=invalid,
         tolerances={
@@ -290,7 +338,10 @@ OP_APPEND = register(
         name="paged_append",
         check=check_append,
         reference=reference_append,
-        backends={"cpu": Backend(_cpu_append, unavailable=native.cpu_unavailable, supports=_cpu_append_supports)},
+        backends={
+            "cpu": Backend(_cpu_append, unavailable=native.cpu_unavailable, supports=_cpu_append_supports),
+            "cuda": Backend(_cuda_append, unavailable=native.cuda_unavailable, supports=_cuda_append_supports),
+        },
         cases=cases_append,
         invalid=invalid_append,
         mutates=(2, 3),
@@ -320,6 +371,8 @@ def paged_attention(
     D ** -0.5 where None.
     Returns [T, Hq, D] in q's dtype.
     Raises ValueError on shapes, dtypes or devices that do not fit, or a context longer than its table.
+    The CUDA kernel does not make the host wait for its verdict on contexts and tables: it reads nothing outside the
+    cache and gives NaN for such a sequence.
     """
     with torch.no_grad():
         return OP(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, backend=backend)
@@ -332,7 +385,8 @@ def paged_append(
 
     k, v: float [T, Hkv, D]. k_cache, v_cache: float [N, bs, Hkv, D], contiguous, of the same dtype. slot_mapping: int64
     [T], distinct: block * bs + offset of each token.
-    Raises ValueError on shapes, dtypes or devices that do not fit, or a slot outside the cache.
+    Raises ValueError on shapes, dtypes or devices that do not fit, or a slot outside the cache. (The CUDA
+    kernel leaves such a token out and says nothing, as the host would have to wait to hear of it.)
     """
     with torch.no_grad():
         OP_APPEND(k, v, k_cache, v_cache, slot_mapping, backend=backend)

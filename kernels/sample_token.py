@@ -168,6 +168,26 @@ def _cpu_forward(logits, seed, sequence, position, temperature, top_k, top_p) ->
     return token, logprob, full
 
 
+def _cuda_supports(logits, *rest) -> str | None:
+    if logits.dtype not in native.ELEMENT_TYPES:
+        return f"it has no {logits.dtype}"
+    limit = native.cuda().sample_token_limit
+    return f"its vocabulary ends at {limit}" if logits.shape[1] > limit else None
+
+
+def _cuda_forward(logits, seed, sequence, position, temperature, top_k, top_p) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocabulary = logits.shape
+    logits = logits.contiguous()
+    keys = [x.contiguous() for x in (seed, sequence, position)]
+    settings = [temperature.float().contiguous(), top_k.int().contiguous(), top_p.float().contiguous()]
+    token = torch.empty_like(keys[0])
+    logprob, full = (torch.empty_like(settings[0]) for _ in range(2))
+    first, *others = (x.data_ptr() for x in (logits, *keys, *settings, token, logprob, full))
+    kind = native.ELEMENT_TYPES[logits.dtype]
+    native.launch(logits.device, "sample_token", first, kind, *others, rows, vocabulary)
+    return token, logprob, full
+
+
 def _case(size: str, rows: int, vocabulary: int, setting: str) -> Case:
     """`setting`: plain, truncated (every row by something) or mixed (greedy, truncated and plain rows)."""
 
@@ -219,7 +239,10 @@ OP = register(
         name="sample_token",
         check=check,
         reference=reference,
-        backends={"cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports)},
+        backends={
+            "cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
+            "cuda": Backend(_cuda_forward, unavailable=native.cuda_unavailable, supports=_cuda_supports),
+        },
         cases=cases,
         invalid=invalid,
         tolerances={
@@ -258,7 +281,8 @@ def sample_token(
     logits: float [B, V]. seed, sequence, position: int64 [B]. temperature: float32 [B], >= 0. top_k: int32 [B], >= 0, 0
     for all. top_p: float32 [B], > 0, 1 for all. A plain number stands for all rows.
     Returns SampledToken. No gradient.
-    Raises ValueError on shapes, dtypes or devices that do not fit, or a setting out of its range.
+    Raises ValueError on shapes, dtypes or devices that do not fit, or a setting out of its range. The CUDA kernel does
+    not make the host wait for its verdict: such a row gets token 0 and NaN for both log-probabilities.
     """
     rows, device = logits.shape[0], logits.device
     with torch.no_grad():

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 import r1fast_kernels
-from r1fast_kernels.op import Case, Op, Tolerance
+from r1fast_kernels.op import LIVES_ON, Case, Op, Tolerance
 from r1fast_kernels.triton_support import interpreted, interpreter_unavailable, triton
 
 OPS = r1fast_kernels.load_ops()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-RUNS_ON = {"reference": DEVICES, "cpu": ["cpu"], "cuda": ["cuda"], "triton": ["cpu" if interpreted() else "cuda"]}
+RUNS_ON = {"reference": DEVICES, "triton": ["cpu" if interpreted() else "cuda"]}
+RUNS_ON |= {name: [device] for name, device in LIVES_ON.items()}
+EMULATED = LIVES_ON["cuda"] == "cpu"  # tests/emulated_cuda: this process runs the CUDA kernels on the CPU, slowly
 
 
 def here() -> list[tuple[str, str, str]]:
@@ -42,7 +44,7 @@ def runs(small: bool = False, gradient: bool = False):
         for dtype in OPS[name].tolerances:
             for case in OPS[name].cases():
                 # bf16 products return garbage under the interpreter; model-sized cases would take it minutes
-                slow = case.size == "model" and (small or interpreted() or backend == "reference")
+                slow = case.size == "model" and (small or interpreted() or EMULATED or backend == "reference")
                 if slow or (interpreted() and dtype is torch.bfloat16):
                     continue
                 label = f"{name}-{backend}-{device}-{str(dtype)[6:]}-{case.size}-{case.name}".replace(" ", "_")

@@ -1,19 +1,13 @@
 // Group-relative advantages on the GPU, one launch. See kernels/group_advantage.py for the contract.
 #include "../common/group.h"
+#include "device.h"
 #include "ops.h"
 
-using namespace r1::generic;
+using namespace r1::cuda;
 
 namespace {
 
 constexpr int kWarps = 8;
-constexpr unsigned kAll = 0xffffffffu;
-
-// Butterfly sum: every lane ends with the same value, added in the same order on every run.
-__device__ double warp_sum(double value) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAll, value, step);
-  return value;
-}
 
 // One warp a group.
 __global__ void equal_groups(const float* __restrict__ rewards, float* __restrict__ out, int64_t groups,
@@ -62,7 +56,7 @@ __global__ void groups_by_id(const float* __restrict__ rewards, const int64_t* _
   if (lane == 0) out[row] = advantage(own, mean, std, eps, varies, normalize);
 }
 
-unsigned blocks(int64_t warps) { return static_cast<unsigned>((warps + kWarps - 1) / kWarps); }
+dim3 blocks(int64_t warps) { return dim3(static_cast<unsigned>(ceil_div(warps, kWarps))); }
 
 }  // namespace
 
@@ -72,16 +66,12 @@ const char* r1_cuda_error(int error) { return cudaGetErrorString(static_cast<cud
 
 int r1_cuda_group_advantage(const float* rewards, float* out, int64_t groups, int64_t group_size, bool normalize,
                             double eps, void* stream) {
-  equal_groups<<<blocks(groups), 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rewards, out, groups, group_size,
-                                                                                      normalize, eps);
-  return cudaGetLastError();
+  return launch(equal_groups, blocks(groups), 32 * kWarps, stream, rewards, out, groups, group_size, normalize, eps);
 }
 
 int r1_cuda_group_advantage_ids(const float* rewards, const int64_t* ids, float* out, int64_t count, bool normalize,
                                 double eps, void* stream) {
-  groups_by_id<<<blocks(count), 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rewards, ids, out, count,
-                                                                                     normalize, eps);
-  return cudaGetLastError();
+  return launch(groups_by_id, blocks(count), 32 * kWarps, stream, rewards, ids, out, count, normalize, eps);
 }
 
 }

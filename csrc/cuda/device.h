@@ -1,0 +1,79 @@
+// What the kernels share: sums in a fixed order, loads of 16 bytes, shared memory, and the launch. Kernels are launched by
+// cudaLaunchKernelEx instead of <<<>>>, so that tests/emulated_cuda can compile these files with a plain C++ compiler.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/half.h"
+
+namespace r1 {
+namespace cuda {
+
+using namespace r1::generic;
+
+constexpr unsigned kAll = 0xffffffffu;
+
+// Butterflies: every lane ends with the same value, added in the same order on every run.
+template <typename Number>
+__device__ __forceinline__ Number warp_sum(Number value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAll, value, step);
+  return value;
+}
+
+template <typename Number>
+__device__ __forceinline__ Number warp_max(Number value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const Number other = __shfl_xor_sync(kAll, value, step);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// 16 bytes of memory as floats: 4 floats or 8 of the narrow types. `from` must be aligned to 16 bytes.
+template <typename T>
+constexpr int kPack = 16 / sizeof(T);
+
+template <typename T>
+__device__ __forceinline__ void load_pack(const T* from, float* to) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = float_of(words[i]);
+    } else {
+      to[2 * i] = to_float(T{static_cast<uint16_t>(words[i])});
+      to[2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
+    }
+  }
+}
+
+#ifndef R1_EMULATED_CUDA
+// The block's one struct of shared memory.
+template <typename Shared>
+__device__ __forceinline__ Shared& shared_memory() {
+  __shared__ Shared memory;
+  return memory;
+}
+#endif
+
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// 0, or the cudaError_t of a launch that could not be made.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace cuda
+}  // namespace r1
