@@ -99,6 +99,15 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   m.def(
+      "grpo_loss",
+      [&ops](Address logp, Address old_logp, Address ref_logp, Address advantages, Address weights, int64_t rows,
+             float low, float high, float kl_coef, int kl_kind, Address loss, Address slope, Address stats) {
+        ops.grpo_loss(at<const float>(logp), at<const float>(old_logp), at<const float>(ref_logp),
+                      at<const float>(advantages), at<const float>(weights), rows, low, high, kl_coef, kl_kind,
+                      at<float>(loss), at<float>(slope), at<float>(stats));
+      },
+      Release());
+  m.def(
       "paged_append",
       [&ops](Address k, int64_t k_stride, Address v, int64_t v_stride, Address keys, Address values, Address slots,
              int64_t tokens, int64_t row, int64_t all_slots) {

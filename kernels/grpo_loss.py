@@ -17,6 +17,7 @@ values are: they may be masked rows with no log-probabilities at all.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -240,28 +241,39 @@ def _backward(saved, grads, needs) -> tuple:
     return ((grads[0] * slope).to(dtype),)
 
 
-def _cuda_forward(
-    logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
+def _native_forward(
+    run, scratch, logp, old_logp, ref_logp, advantages, weights, clip_low, clip_high, kl_coef, kl_kind, sequence_ids
 ) -> tuple:
+    """`run(name, *arguments)` calls the native function; `scratch` floats are what its blocks leave to be merged."""
     streams = _float_streams(logp, old_logp, ref_logp, advantages, weights)
     rows, kind = logp.shape[0], KIND_NUMBER["none" if ref_logp is None else kl_kind]
-    loss, slope, stats = (streams[0].new_empty(n) for n in (rows, rows, 5))
-    partial = stats.new_empty(5 * native.cuda().grpo_loss_blocks(rows))
+    results = [streams[0].new_empty(n) for n in (rows, rows, *scratch, 5)]
     settings = (1 - clip_low, 1 + clip_high, kl_coef, kind)
-    results = (x.data_ptr() for x in (loss, slope, partial, stats))
-    native.launch(logp.device, "grpo_loss", *(x.data_ptr() for x in streams), rows, *settings, *results)
-    kl_sum, clipped, ratio_sum, count, largest = stats.unbind()
-    return (loss, kl_sum, clipped, ratio_sum, largest, count), (slope, logp.dtype)
+    run("grpo_loss", *(x.data_ptr() for x in streams), rows, *settings, *(x.data_ptr() for x in results))
+    kl_sum, clipped, ratio_sum, count, largest = results[-1].unbind()
+    return (results[0], kl_sum, clipped, ratio_sum, largest, count), (results[1], logp.dtype)
+
+
+def _cpu_forward(*args) -> tuple:
+    return _native_forward(native.call_cpu, (), *args)
+
+
+def _cuda_forward(*args) -> tuple:
+    partial_sums = 5 * native.cuda().grpo_loss_blocks(args[0].shape[0])
+    return _native_forward(functools.partial(native.launch, args[0].device), (partial_sums,), *args)
 
 
 def _case(size: str, rows: int, *settings, on_policy=False, masked=0.0, gspo=False, kl=True) -> Case:
-    """Ratios on both sides of both bounds; `settings` are clip_low, clip_high, kl_coef, kl_kind."""
+    """Ratios on both sides of both bounds, none so near that float32 and float64 could disagree about the side;
+    `settings` are clip_low, clip_high, kl_coef, kl_kind."""
 
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
         logp, noise, drift, advantages, weights, drop = torch.randn(6, rows, generator=generator, dtype=torch.float64)
         logp = -2 * logp.abs()
         old = logp + (0.05 if gspo else 0.3) * noise
+        for bound in (1 - settings[0], 1 + settings[1]):
+            old = torch.where(((logp - old).exp() - bound).abs() < 1e-5, logp, old)
         weights = torch.where(drop > masked, weights.abs() + 0.1, 0.0) if masked else weights.abs() + 0.1
         advantages = torch.where(advantages.abs() < 0.1, 0.0, advantages)
         ids = (torch.arange(rows) * 7 // 60 * 3 + 11).to(device) if gspo else None
@@ -316,6 +328,7 @@ OP = register(
         check=check,
         reference=reference,
         backends={
+            "cpu": Backend(_cpu_forward, _backward, unavailable=native.cpu_unavailable, supports=_supports),
             "cuda": Backend(_cuda_forward, _backward, unavailable=native.cuda_unavailable, supports=_supports),
             "triton": Backend(_triton_forward, _backward, unavailable=triton_unavailable, supports=_triton_supports),
         },

@@ -11,6 +11,7 @@
   X(isa, attention_backward)  \
   X(isa, group_advantage)     \
   X(isa, group_advantage_ids) \
+  X(isa, grpo_loss)           \
   X(isa, paged_append)        \
   X(isa, paged_attention)     \
   X(isa, philox_words)        \
@@ -29,6 +30,10 @@
   /* rewards, ids, out: [count]; false when memory runs out */                                                        \
   bool group_advantage_ids(const float* rewards, const int64_t* ids, float* out, int64_t count, bool normalize,       \
                            double eps);                                                                               \
+  /* All [rows]; low, high: bounds of the ratio. stats: kl_sum, clipped_sum, ratio_sum, count, ratio_max */            \
+  void grpo_loss(const float* logp, const float* old_logp, const float* ref_logp, const float* advantages,            \
+                 const float* weights, int64_t rows, float low, float high, float kl_coef, int kl_kind, float* loss,  \
+                 float* slope, float* stats);                                                                         \
   /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all_slots, row]; false for a slot outside */        \
   bool paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,   \
                     const int64_t* slots, int64_t tokens, int64_t row, int64_t all_slots);                            \

@@ -99,10 +99,14 @@ R1_INLINE void transpose_square(Vec* rows) {
   if (kLanes > 8) exchange<8 % kLanes>(rows);
 }
 
-// e^x for x <= 88.3: within 2 ulp of exact down to -87, 0 below (the result would be subnormal), NaN for NaN.
+// e^x = power (1 + fraction) for -87 <= x <= 88.3.
 // x = n ln2 + r with |r| <= ln2 / 2; e^r by the degree-6 minimax polynomial of Cephes' expf; 2^n by its exponent bits.
+template <typename Float>
+struct Exponential {
+  Float power, fraction;
+};
 template <typename Float, typename Bits>
-R1_INLINE Float exp_by_bits(Float x) {
+R1_INLINE Exponential<Float> exponential(Float x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Float shifted = x * 1.44269504f + shift;
   const Float n = shifted - shift;
@@ -112,15 +116,26 @@ R1_INLINE Float exp_by_bits(Float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
   const Bits bits = (__builtin_bit_cast(Bits, shifted) << 23) + 0x3F800000u;
-  const Float value = p * __builtin_bit_cast(Float, bits);
+  return {__builtin_bit_cast(Float, bits), p * (r * r) + r};
+}
+// e^x for x <= 88.3: within 2 ulp of exact down to -87, 0 below (the result would be subnormal), NaN for NaN.
+template <typename Float, typename Bits>
+R1_INLINE Float exp_by_bits(Float x) {
+  const Exponential<Float> e = exponential<Float, Bits>(x);
+  const Float value = (e.fraction + 1.0f) * e.power;
   return x < -87.0f ? Float{} : value;
 }
 R1_INLINE float exp_nonpositive(float x) { return exp_by_bits<float, uint32_t>(x); }
 R1_INLINE Vec exp_nonpositive(Vec x) { return exp_by_bits<Vec, BitVec>(x); }
 // For any x; above 88.3 it is e^88.3.
 R1_INLINE Vec exp_any(Vec x) { return exp_by_bits<Vec, BitVec>(x > 88.3f ? all(88.3f) : x); }
+// e^x - 1 for any x, with no digits lost near 0; above 88.3 it is that of 88.3.
+R1_INLINE Vec expm1_any(Vec x) {
+  const Exponential<Vec> e = exponential<Vec, BitVec>(x > 88.3f ? all(88.3f) : x);
+  const Vec value = e.power * e.fraction + (e.power - 1.0f);
+  return x < -87.0f ? all(-1.0f) : value;
+}
 
 // 1 / (1 + e^-x)
 R1_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_any(-x)); }
