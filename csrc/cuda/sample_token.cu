@@ -347,7 +347,7 @@ __device__ __forceinline__ int choose(const Row<T>& row, Shared& shared, bool gr
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) sample_rows(const T* logits, int vocabulary, Settings settings,
+__global__ void __launch_bounds__(kThreads, 3) sample_rows(const T* logits, int vocabulary, Settings settings,
                                                             Drawn out) {
   Shared& shared = shared_memory<Shared>();
   const int64_t b = blockIdx.x;
