@@ -160,11 +160,12 @@ PYBIND11_MODULE(_cpu, m) {
       "attention_forward",
       [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v,
              int64_t v_row, int64_t v_head, Address cu_seqlens, int64_t sequences, int64_t rows, int64_t max_seqlen,
-             int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out, Address lse) {
+             int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out, Address softmax) {
         const auto* offsets = at<const int32_t>(cu_seqlens);
         check_offsets(offsets, sequences, rows, max_seqlen);
         if (!ops.attention_forward(strided(q, q_row, q_head), strided(k, k_row, k_head), strided(v, v_row, v_head),
-                                   offsets, sequences, heads, kv_heads, dim, scale, at<float>(out), at<float>(lse)))
+                                   offsets, sequences, heads, kv_heads, dim, scale, at<float>(out),
+                                   at<r1::Softmax>(softmax)))
           throw std::bad_alloc();
       },
       Release());
@@ -172,10 +173,10 @@ PYBIND11_MODULE(_cpu, m) {
       "attention_backward",
       [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v,
              int64_t v_row, int64_t v_head, Address d_out, int64_t d_row, int64_t d_head, Address cu_seqlens,
-             int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out, Address lse,
-             Address d_q, Address d_k, Address d_v) {
+             int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out,
+             Address softmax, Address d_q, Address d_k, Address d_v) {
         if (!ops.attention_backward(strided(q, q_row, q_head), strided(k, k_row, k_head), strided(v, v_row, v_head),
-                                    strided(d_out, d_row, d_head), at<const float>(out), at<const float>(lse),
+                                    strided(d_out, d_row, d_head), at<const float>(out), at<const r1::Softmax>(softmax),
                                     at<const int32_t>(cu_seqlens), sequences, heads, kv_heads, dim, scale,
                                     at<float>(d_q), at<float>(d_k), at<float>(d_v)))
           throw std::bad_alloc();

@@ -132,23 +132,23 @@ def _cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, tuple]
     q, k, v = native.without_gaps(q), native.without_gaps(k), native.without_gaps(v)
     cu_seqlens = cu_seqlens.contiguous()
     rows, heads, width = q.shape
-    out, lse = q.new_empty(q.shape), q.new_empty((rows, heads))
+    out, softmax = q.new_empty(q.shape), q.new_empty((rows, heads, 2))  # of each row: maximum, 1 / sum
     sizes = (heads, k.shape[1], width, width**-0.5 if scale is None else scale)
     ends = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1)
     native.cpu().attention_forward(
         *native.place(q), *native.place(k), *native.place(v), *ends, rows, max_seqlen, *sizes,
-        out.data_ptr(), lse.data_ptr(),
+        out.data_ptr(), softmax.data_ptr(),
     )  # fmt: skip
-    return out, (q, k, v, cu_seqlens, out, lse, sizes)
+    return out, (q, k, v, cu_seqlens, out, softmax, sizes)
 
 
 def _cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, cu_seqlens, out, lse, sizes = saved
+    q, k, v, cu_seqlens, out, softmax, sizes = saved
     d_out = native.without_gaps(grads[0])
     d_q, d_k, d_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
     native.cpu().attention_backward(
         *native.place(q), *native.place(k), *native.place(v), *native.place(d_out), cu_seqlens.data_ptr(),
-        cu_seqlens.shape[0] - 1, *sizes, *(x.data_ptr() for x in (out, lse, d_q, d_k, d_v)),
+        cu_seqlens.shape[0] - 1, *sizes, *(x.data_ptr() for x in (out, softmax, d_q, d_k, d_v)),
     )  # fmt: skip
     return d_q, d_k, d_v
 

@@ -52,11 +52,11 @@
                    float* logprob, float* logprob_full, int64_t rows, int64_t vocabulary);                            \
   /* x, out: [count] */                                                                                               \
   void vector_exp(const float* x, float* out, int64_t count);                                                         \
-  /* q, d_out: [T, heads, dim]; k, v: [T, kv_heads, dim]; out, d_q, d_k, d_v of those shapes; lse: [T, heads]; */     \
+  /* q, d_out: [T, heads, dim]; k, v: [T, kv_heads, dim]; out, d_q, d_k, d_v of those shapes; softmax: [T, heads]; */ \
   /* cu_seqlens: [sequences + 1], rising; scale > 0; dim <= 256. False when memory runs out */                        \
   bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlens, int64_t sequences,               \
-                         int64_t heads, int64_t kv_heads, int64_t dim, float scale, float* out, float* lse);          \
-  bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const float* out, const float* lse,         \
+                         int64_t heads, int64_t kv_heads, int64_t dim, float scale, float* out, Softmax* softmax);    \
+  bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const float* out, const Softmax* softmax,   \
                           const int32_t* cu_seqlens, int64_t sequences, int64_t heads, int64_t kv_heads,              \
                           int64_t dim, float scale, float* d_q, float* d_k, float* d_v);                              \
   /* x: [rows / inner, inner, width]; weight, d_weight: [width]; scale: [rows], 1 / rms; all others [rows, width]: */ \
@@ -81,6 +81,11 @@ namespace r1 {
 struct Strided {
   const float* data;
   int64_t row, head;
+};
+
+// Of a row of attention: its largest score, and 1 / sum of exp(score - largest).
+struct Softmax {
+  float most, inverse;
 };
 
 namespace generic {

@@ -41,7 +41,10 @@ R1_INLINE Vec load_part(const float* from, int64_t count, float fill) {
 // A vector, or the first `count` lanes where fewer are left; the others are zero, and their memory is not touched.
 R1_INLINE Vec load(const float* from, int64_t count) { return count < kLanes ? load_part(from, count, 0) : load(from); }
 R1_INLINE void store(float* to, Vec v, int64_t count) {
-  std::memcpy(to, &v, count < kLanes ? count * sizeof(float) : sizeof v);
+  if (count < kLanes)
+    std::memcpy(to, &v, count * sizeof(float));
+  else
+    store(to, v);  // a size known to the compiler: one instruction
 }
 R1_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 

@@ -6,8 +6,9 @@
 // task), its left one by single elements at strides known to the compiler (so rows of q are copied first, scaled on the
 // way, and a transposed left operand is free).
 // Scores exist for one tile of query rows and at most kKeys keys; the forward pass keeps a running maximum over blocks
-// of keys (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1) and saves log-sum-exp, from which the backward pass
-// makes the probabilities again (ibid., algorithm 4).
+// of keys (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1) and saves it with the inverse of the sum of
+// exponentials, from which the backward pass makes the probabilities again (ibid., algorithm 4; its log-sum-exp would
+// cost a logarithm a row, a fifth of the forward pass of short sequences).
 #include <math.h>
 
 #include "ops.h"
@@ -109,7 +110,8 @@ inline Vec probabilities(float* scores, int64_t live, int64_t width, float shift
     store(scores + j, p);
   }
   if (j < live) {
-    const Vec p = lane_numbers() < static_cast<int32_t>(live - j) ? exp_nonpositive(load(scores + j) - shift) : all(0.0f);
+    const IntVec inside = lane_numbers() < static_cast<int32_t>(live - j);
+    const Vec p = inside ? exp_nonpositive(load(scores + j) - shift) : all(0.0f);
     total += p;
     store(scores + j, p);
     j += kLanes;
@@ -129,26 +131,32 @@ inline float largest_score(const float* scores, int64_t live) {
 
 // Scores of `rows` query rows with a block of keys become probabilities; `most` and `mass` are each row's so far, and
 // where there was a block before, its sums shrink to the new maximum. Row r sees the first seen + r keys of the block.
+// In three passes over the rows: each is a chain of waits, and the rows' chains then run side by side.
 inline void online_softmax(float* scores, int64_t rows, int64_t seen, int64_t count, bool again, int64_t wide,
                            float* most, float* mass, float* sums) {
   const int64_t width = round_up(count, kLanes);
+  float before[kRows];
+  Vec part[kRows];
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t live = seen + r < count ? seen + r : count;
-    const float here = largest_score(scores + r * kScores, live), now = here > most[r] ? here : most[r];
-    const float part = sum_of(probabilities(scores + r * kScores, live, width, now));
+    const float here = largest_score(scores + r * kScores, seen + r < count ? seen + r : count);
+    before[r] = most[r];
+    most[r] = here > most[r] ? here : most[r];
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    part[r] = probabilities(scores + r * kScores, seen + r < count ? seen + r : count, width, most[r]);
+  for (int64_t r = 0; r < rows; ++r) {
     if (again) {
-      const float shrink = expf(most[r] - now);
+      const float shrink = exp_nonpositive(before[r] - most[r]);
       mass[r] *= shrink;
       for (int64_t d = 0; d < wide; d += kLanes) store(sums + r * wide + d, load(sums + r * wide + d) * shrink);
     }
-    most[r] = now;
-    mass[r] += part;
+    mass[r] += sum_of(part[r]);
   }
 }
 
-// One query head of one sequence. keys: transposed blocks; out, lse: this head's first row.
+// One query head of one sequence. keys: transposed blocks; out, softmax: this head's first row.
 void forward_head(const Shape& shape, Strided q, const float* keys, int64_t stride, Vectors v, int64_t length,
-                  float* out, float* lse, float* scratch) {
+                  float* out, Softmax* softmax, float* scratch) {
   float *queries = scratch, *scores = queries + kRows * kWide, *sums = scores + kRows * kScores;
   for (int64_t first = 0; first < length; first += kRows) {
     const int64_t end = first + kRows < length ? first + kRows : length;
@@ -167,7 +175,7 @@ void forward_head(const Shape& shape, Strided q, const float* keys, int64_t stri
       const float inverse = 1.0f / mass[r];
       for (int64_t d = 0; d < shape.dim; d += kLanes)
         store(to + d, load(sums + r * shape.wide + d) * inverse, shape.dim - d);
-      lse[(first + r) * shape.heads] = most[r] + logf(mass[r]);
+      softmax[(first + r) * shape.heads] = {most[r], inverse};
     }
   }
 }
@@ -176,8 +184,8 @@ void forward_head(const Shape& shape, Strided q, const float* keys, int64_t stri
 struct HeadGradient {
   Strided q, out, d_out;
   Vectors q_rows, d_out_rows;
-  const float* lse;  // of this head's first row, as forward wrote it
-  float* d_q;        // of this head's first row, [length, heads, dim]
+  const Softmax* softmax;  // of this head's first row, as forward wrote it
+  float* d_q;              // of this head's first row, [length, heads, dim]
 };
 
 struct Keys {
@@ -206,10 +214,14 @@ inline void backward_scores(const Shape& shape, const HeadGradient& head, const 
   const int64_t after = k.length - first - r0, rows = after < kRows ? after : kRows;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = first + r0 + r, seen = row + 1 - start, live = seen < here ? seen : here;
-    probabilities(p + r * kScores, live, width, head.lse[row * shape.heads]);
+    const Softmax softmax = head.softmax[row * shape.heads];
+    probabilities(p + r * kScores, live, width, softmax.most);
     const float delta = tile.delta[r0 + r];
-    for (int64_t j = 0; j < width; j += kLanes)
-      store(ds + r * kScores + j, load(p + r * kScores + j) * (load(ds + r * kScores + j) - delta));
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const Vec probability = load(p + r * kScores + j) * softmax.inverse;
+      store(p + r * kScores + j, probability);
+      store(ds + r * kScores + j, probability * (load(ds + r * kScores + j) - delta));
+    }
   }
   product<kScores, 1>(ds, k.rows.data + start * k.rows.row, k.rows.row, here, tile.d_q + r0 * shape.wide, shape.wide,
                       shape.wide, start > 0);
@@ -223,7 +235,8 @@ void start_tile(const Shape& shape, const HeadGradient& head, int64_t first, int
   for (int64_t r = 0; r < rows; ++r) {
     const float* out = head.out.data + (first + r) * head.out.row;
     Vec total{};
-    for (int64_t d = 0; d < shape.dim; d += kLanes) total += load(out + d, shape.dim - d) * load(tile.grads + r * kWide + d);
+    for (int64_t d = 0; d < shape.dim; d += kLanes)
+      total += load(out + d, shape.dim - d) * load(tile.grads + r * kWide + d);
     tile.delta[r] = sum_of(total);
   }
 }
@@ -267,7 +280,7 @@ int64_t multiply_adds(const int32_t* cu_seqlens, int64_t sequences, const Shape&
 }  // namespace
 
 bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlens, int64_t sequences, int64_t heads,
-                       int64_t kv_heads, int64_t dim, float scale, float* out, float* lse) {
+                       int64_t kv_heads, int64_t dim, float scale, float* out, Softmax* softmax) {
   const Shape shape{heads, kv_heads, dim, round_up(dim, kLanes), scale};
   const int64_t group = heads / kv_heads;
   bool enough = true;
@@ -290,13 +303,13 @@ bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlen
       const Vectors values = vectors_of(v_head.data, v.row, length, shape, copy);
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
         forward_head(shape, head_of(q, begin, h), keys, stride, values, length, out + (begin * heads + h) * dim,
-                     lse + begin * heads + h, work);
+                     softmax + begin * heads + h, work);
     }
   }
   return enough;
 }
 
-bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const float* out, const float* lse,
+bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const float* out, const Softmax* softmax,
                         const int32_t* cu_seqlens, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim,
                         float scale, float* d_q, float* d_k, float* d_v) {
   const Shape shape{heads, kv_heads, dim, round_up(dim, kLanes), scale};
@@ -338,7 +351,7 @@ bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const fl
                                 d_head,
                                 vectors_of(q_head.data, q.row, length, shape, copies + matrix),
                                 vectors_of(d_head.data, d_out.row, length, shape, copies + 2 * matrix),
-                                lse + begin * heads + h,
+                                softmax + begin * heads + h,
                                 d_q + (begin * heads + h) * dim};
         backward_head(shape, head, all_keys, tile);
       }
