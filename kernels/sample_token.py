@@ -9,6 +9,8 @@
 u is one uniform number in [0, 1) of 24 bits, from Philox4x32-10 (Salmon et al. 2011) with key (seed) and counter
 (position, sequence): the same sequence draws the same token whatever else is in the batch. One number a row costs one
 Philox block, where Gumbel noise would cost V / 4 of them. No row is sorted unless some row truncates.
+
+The Triton kernels are in sample_token_triton.py.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r1fast_kernels import native
+from r1fast_kernels import native, sample_token_triton
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.triton_support import triton_unavailable
 
 MULTIPLIER = ((0xD2511F53,), (0xCD9E8D57,))
 WEYL = ((0x9E3779B9,), (0xBB67AE85,))
@@ -215,6 +218,7 @@ def cases() -> list[Case]:
         _case("tiny", 8, 250, "truncated"),
         _case("ragged", 33, 1003, "mixed"),
         _case("ragged", 1, 7, "plain"),
+        _case("ragged", 7, 9001, "mixed"),
         _case("model", 256, 250, "plain"),
         _case("model", 256, 250, "truncated"),
         _case("model", 64, 151_936, "plain"),
@@ -242,6 +246,9 @@ OP = register(
         backends={
             "cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
             "cuda": Backend(_cuda_forward, unavailable=native.cuda_unavailable, supports=_cuda_supports),
+            "triton": Backend(
+                sample_token_triton.forward, unavailable=triton_unavailable, supports=sample_token_triton.supports
+            ),
         },
         cases=cases,
         invalid=invalid,
@@ -281,8 +288,8 @@ def sample_token(
     logits: float [B, V]. seed, sequence, position: int64 [B]. temperature: float32 [B], >= 0. top_k: int32 [B], >= 0, 0
     for all. top_p: float32 [B], > 0, 1 for all. A plain number stands for all rows.
     Returns SampledToken. No gradient.
-    Raises ValueError on shapes, dtypes or devices that do not fit, or a setting out of its range. The CUDA kernel does
-    not make the host wait for its verdict: such a row gets token 0 and NaN for both log-probabilities.
+    Raises ValueError on shapes, dtypes or devices that do not fit, or a setting out of its range. The kernels on a GPU
+    do not make the host wait for their verdict: such a row gets token 0 and NaN for both log-probabilities.
     """
     rows, device = logits.shape[0], logits.device
     with torch.no_grad():
