@@ -8,6 +8,8 @@ block table[p // bs] at offset p % bs. Sequences may share blocks, so a group's 
 Decode has one query a sequence, which sees the whole context. With `cu_seqlens_q` (chunked prefill) the queries of a
 sequence are the last of its context, each seeing up to itself. The cache must hold finite numbers everywhere, also in
 slots not yet written (allocate it with zeros).
+
+The Triton kernels are in paged_attention_triton.py.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels import native
+from r1fast_kernels import native, paged_attention_triton
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.triton_support import triton_unavailable
 
 
 def _check_cache(op, k_cache, v_cache, like) -> None:
@@ -257,6 +260,7 @@ def cases() -> list[Case]:
         _case("tiny", [5, 17, 9], 4, (4, 2, 16), [5, 2, 1]),
         _case("ragged", [1, 33, 200, 7, 64, 63, 65], 16, (6, 1, 24), None),
         _case("ragged", [70, 33, 3], 16, (3, 3, 40), [70, 16, 0]),
+        _case("ragged", [600, 256, 7, 257], 16, (8, 2, 64), None),  # more than one piece of a split context
         _case("model", [40 + i % 25 for i in range(256)], 16, (4, 2, 16), None),
         _case("model", [900 + i for i in range(64)], 16, (12, 2, 128), None),
     ]
@@ -320,6 +324,11 @@ OP = register(
         backends={
             "cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
             "cuda": Backend(_cuda_forward, unavailable=native.cuda_unavailable, supports=_cuda_supports),
+            "triton": Backend(
+                paged_attention_triton.forward,
+                unavailable=triton_unavailable,
+                supports=paged_attention_triton.supports,
+            ),
         },
         cases=cases,
         invalid=invalid,
@@ -341,6 +350,11 @@ OP_APPEND = register(
         backends={
             "cpu": Backend(_cpu_append, unavailable=native.cpu_unavailable, supports=_cpu_append_supports),
             "cuda": Backend(_cuda_append, unavailable=native.cuda_unavailable, supports=_cuda_append_supports),
+            "triton": Backend(
+                paged_attention_triton.append,
+                unavailable=triton_unavailable,
+                supports=paged_attention_triton.supports_append,
+            ),
         },
         cases=cases_append,
         invalid=invalid_append,
@@ -371,8 +385,8 @@ def paged_attention(
     D ** -0.5 where None.
     Returns [T, Hq, D] in q's dtype.
     Raises ValueError on shapes, dtypes or devices that do not fit, or a context longer than its table.
-    The CUDA kernel does not make the host wait for its verdict on contexts and tables: it reads nothing outside the
-    cache and gives NaN for such a sequence.
+    The kernels on a GPU do not make the host wait for their verdict on contexts and tables: they read nothing outside
+    the cache and give NaN for such a sequence.
     """
     with torch.no_grad():
         return OP(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, backend=backend)
@@ -385,8 +399,8 @@ def paged_append(
 
     k, v: float [T, Hkv, D]. k_cache, v_cache: float [N, bs, Hkv, D], contiguous, of the same dtype. slot_mapping: int64
     [T], distinct: block * bs + offset of each token.
-    Raises ValueError on shapes, dtypes or devices that do not fit, or a slot outside the cache. (The CUDA
-    kernel leaves such a token out and says nothing, as the host would have to wait to hear of it.)
+    Raises ValueError on shapes, dtypes or devices that do not fit, or a slot outside the cache. (On a GPU
+    such a token is left out and nothing is said, as the host would have to wait to hear of it.)
     """
     with torch.no_grad():
         OP_APPEND(k, v, k_cache, v_cache, slot_mapping, backend=backend)
