@@ -1,7 +1,7 @@
 """Results of benchmarks/on_gpu.sh: one JSON file a card and commit, and the short table of it.
 
-`python -m benchmarks.gpu_results FOLDER` reads what the script left there (tests.xml, times.json, table.txt and, if
-they ran, peers.txt) and writes benchmarks/results/<gpu>-<commit>.json; with the name of such a file it prints the table.
+`python -m benchmarks.gpu_results FOLDER` reads what the script left there (tests.xml, times.json, table.txt and, where
+the peers ran, peers.txt) and writes benchmarks/results/<gpu>-<commit>.json; given such a file it prints the table.
 """
 
 from __future__ import annotations
