@@ -6,12 +6,13 @@ work starts. The object returned is the one the run uses and the one written to 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Union, get_args, get_origin
+from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,6 +25,13 @@ DEFAULT_PRESET = "tiny"
 
 class UserError(Exception):
     """Bad input: one clear sentence (what, where, what to do). The command line prints it and exits with code 2."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose complaints are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def presets() -> dict[str, str]:

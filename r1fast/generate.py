@@ -10,24 +10,17 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from r1fast.config import UserError
+from r1fast.config import CommandParser, UserError
 
 if TYPE_CHECKING:  # torch takes a second to import; --help and a wrong option should not wait for it
     from r1fast.rollout.sampler import Sampler, SamplingParams
     from r1fast.types import Prompt
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m r1fast.generate", description="Print completions of a prompt.")
+    parser = CommandParser(prog="python -m r1fast.generate", description="Print completions of a prompt.")
     parser.add_argument("model", metavar="MODEL_DIR", help="a Llama, Qwen2 or Qwen3 folder in Hugging Face format")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="'-' reads it from standard input")
     parser.add_argument("--samples", type=int, default=1, metavar="K")

@@ -7,9 +7,9 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from r1fast.config import DEFAULT_PRESET, UserError, load_recipe, presets
+from r1fast.config import DEFAULT_PRESET, CommandParser, UserError, load_recipe, presets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,18 +19,11 @@ if TYPE_CHECKING:
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parser() -> argparse.ArgumentParser:
     known = presets()
     width = max(map(len, known))
     listed = "\n".join(f"  {name:<{width}}  {text}" for name, text in known.items())
-    made = _Parser(
+    made = CommandParser(
         prog="python -m r1fast.train",
         description="Runs every stage of a recipe: a base model in, a reasoning model out.",
         epilog=f"presets:\n{listed}\n\nexamples:\n"

@@ -316,6 +316,15 @@ def test_markdown_refuses_runs_that_do_not_compare(tmp_path):
         markdown_table([whole, other])
 
 
+@pytest.mark.parametrize("arguments", [[], ["--nonsense"], ["run", "--picture", "gone/curves.png"]])
+def test_bad_arguments_are_one_sentence(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_the_command_prints_the_table_and_writes_the_picture(run_dir, tmp_path, capsys):
     assert main(["--markdown", str(run_dir)]) == 0
     assert capsys.readouterr().out == markdown_table([run_dir]) + "\n"
