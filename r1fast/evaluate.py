@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
-from r1fast.config import UserError
+from r1fast.config import CommandParser, UserError
 from r1fast.metrics import write_atomically
 from r1fast.schema import EvaluationConfig, SamplingConfig, TaskConfig
 
 FIELDS_OF_KIND = {"gsm8k": ("question", "answer"), "math": ("problem", "answer")}
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m r1fast.evaluate", description=__doc__.split("\n\n")[1])
+def parser() -> CommandParser:
+    p = CommandParser(prog="python -m r1fast.evaluate", description=__doc__.split("\n\n")[1])
     p.add_argument("model", type=Path, metavar="MODEL_DIR", help="a checkpoint in Hugging Face format")
     p.add_argument("--task", required=True, metavar="NAME|FILE", help="a kind of task, or a JSONL file of problems")
     p.add_argument("--data", metavar="FILE", help="the rows that a task given by NAME reads")
     p.add_argument("--samples", type=int, default=16, metavar="K", help="completions a problem (default 16)")
-    p.add_argument("--temperature", type=float, default=0.6)
-    p.add_argument("--top-p", type=float, default=0.95)
-    p.add_argument("--max-tokens", type=int, default=None, help="default: what the context leaves, at most 1024")
+    p.add_argument("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
+    p.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default 0.95; 1 is off")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="default: half of the context, at most 1024")
     p.add_argument("--limit", type=int, default=256, metavar="N", help="problems (default 256)")
     p.add_argument("--template", choices=["paper", "checkpoint", "words"], default=None, help="default: checkpoint's")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -38,13 +39,14 @@ def parser() -> argparse.ArgumentParser:
 def kind_of_rows(path: Path) -> str:
     """The kind of task whose fields the first row of a file has; any other file is of kind `jsonl`."""
     with path.open(encoding="utf-8") as file:
-        first = file.readline()
-    try:
-        fields = set(json.loads(first))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{path}:1: not a JSON object: {error}") from error
+        try:
+            first = json.loads(file.readline())
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise UserError(f"{path}:1: not a JSON object: {error}") from error
+    if not isinstance(first, dict):
+        raise UserError(f"{path}:1: a row is a JSON object, not {type(first).__name__}")
     for kind, needed in FIELDS_OF_KIND.items():
-        if fields.issuperset(needed) and (kind != "gsm8k" or "####" in json.loads(first)["answer"]):
+        if first.keys() >= set(needed) and (kind != "gsm8k" or "####" in str(first["answer"])):
             return kind
     return "jsonl"
 
@@ -75,10 +77,21 @@ def find_task(spec: str, data: str | None):
     return tasks.build(spec, TaskConfig(kind=spec, path=data), data)
 
 
+def _check(args: argparse.Namespace) -> None:
+    """What can be wrong with the options themselves, before anything is read."""
+    if args.samples < 1 or args.limit < 1 or (args.max_tokens is not None and args.max_tokens < 1):
+        raise UserError("--samples, --limit and --max-tokens must be at least 1")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"--temperature is {args.temperature}, it must be a number from 0 (greedy) up")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p is {args.top_p}, it must be above 0 and at most 1 (off)")
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UserError(f"--out {args.out}: give a file in a directory that exists")
+
+
 def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
     """The numbers, and a row for every problem with its completions."""
-    if args.samples < 1 or args.limit < 1:
-        raise UserError("--samples and --limit must be at least 1")
+    _check(args)
     task = find_task(args.task, args.data)
     if task.verifier is None:
         raise UserError(f"task {args.task!r} has no right answers to measure; give a task with a verifier")
@@ -90,6 +103,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
 
     device = choose_device(args.device)
     model, tokenizer = load(args.model, device=device, dtype=choose_dtype(args.dtype, device))
+    if tokenizer is None:
+        raise UserError(f"{args.model}: there is no tokenizer beside the weights; save one into the folder")
     if args.template not in (None, "checkpoint"):
         tokenizer.chat_template = CHAT_TEMPLATES[args.template]
     longest = model.config.max_positions
@@ -134,12 +149,15 @@ def show(result: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         result, rows = evaluate(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     show(result)
     if args.out is not None:
         write_atomically(args.out, json.dumps({**result, "rows": rows}, ensure_ascii=False, indent=1) + "\n")

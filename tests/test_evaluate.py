@@ -21,6 +21,7 @@ GSM8K = {"question": "What is 2 + 2?", "answer": "2 + 2 = 4\n#### 4"}
         (GSM8K, "gsm8k"),
         ({"problem": "What is 2 + 2?", "answer": "4", "solution": "..."}, "math"),
         ({"question": "What is 2 + 2?", "answer": "4"}, "jsonl"),
+        ({"question": "What is 2 + 2?", "answer": 4}, "jsonl"),
     ],
 )
 def test_the_kind_of_a_file_is_read_from_its_first_row(tmp_path, row, kind):
@@ -59,11 +60,22 @@ def test_the_numbers_are_those_of_the_completions_it_writes(micro, tmp_path, cap
         (["--task", "missing.jsonl"], "no such file"),
         (["--task", "chat.jsonl"], "not a JSON object"),
         (["--task", "general"], "no right answers"),
+        (["--task", "bytes.jsonl"], "not a JSON object"),
+        (["--task", "list.jsonl"], "not list"),
         (["--task", "totals", "--samples", "0"], "--samples"),
+        (["--task", "totals", "--max-tokens", "0"], "--max-tokens"),
+        (["--task", "totals", "--temperature", "-1"], "--temperature is -1.0"),
+        (["--task", "totals", "--temperature", "nan"], "--temperature is nan"),
+        (["--task", "totals", "--top-p", "3"], "--top-p is 3.0"),
+        (["--task", "totals", "--out", "gone/numbers.json"], "--out gone/numbers.json"),
+        (["--task", "totals", "--sampels", "2"], "--sampels"),
+        ([], "--task"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(micro, tmp_path, monkeypatch, capsys, arguments, says):
     (tmp_path / "chat.jsonl").write_text("hello\n")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
     monkeypatch.chdir(tmp_path)
     assert main([str(micro / "stages" / "base" / "checkpoint"), *arguments]) == 2
     told = capsys.readouterr().err
