@@ -73,7 +73,10 @@ def run(
     if fresh:
         _remove_run(out)
     redo = dependents(recipe, {name for name in names if not is_done(out, name, prints[name])})
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made a run directory: {error.strerror}; name another with --out") from None
     # Records go before the log lines do: killed in between, the next run must not take a stage without lines as done.
     for stale in (SUMMARY, "report.html", *(f"{STAGES}/{name}/{RECORD}" for name in redo)):
         (out / stale).unlink(missing_ok=True)

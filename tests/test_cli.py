@@ -63,6 +63,7 @@ BAD = {
     "wrong type": (["seed=many"], ["seed must be a whole number", '"many"']),
     "two recipes": (["tiny", "gsm8k"], ["two recipes", "'tiny' and 'gsm8k'"]),
     "unknown option": (["--ouput", "x"], ["--ouput", "--help"]),
+    "impossible directory": (["--out", "rows.jsonl/run"], ["rows.jsonl/run cannot be made a run directory"]),
     "resume and fresh": (["--resume", "--fresh"], ["not allowed with argument"]),
     "missing file": ([*GSM8K, "data=gone.jsonl"], ["tasks.gsm8k.path", "no such file: gone.jsonl"]),
     "missing rows file": (["stages.sft.data.0={path: gone.jsonl}"], ["stages.sft.data.0.path", "no file gone.jsonl"]),
