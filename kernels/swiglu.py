@@ -96,8 +96,8 @@ def _cpu_sizes(gate_up: Tensor) -> tuple[int, int, int]:
 
 
 def _cpu_forward(gate_up) -> tuple[Tensor, tuple]:
-    """Forward and backward on one AVX-512 core, the reference's time first: 256 x 320 0.15 and 0.13 ms, 15k x 320 16 and
-    9 ms, 8k x 3072 65 and 33 ms."""
+    """Forward and backward on one AVX-512 core, the reference's time first: 256 x 320 0.15 and 0.13 ms, 15k x 320 16
+    and 9 ms, 8k x 3072 65 and 33 ms."""
     gate_up = native.without_gaps(gate_up) if gate_up.dim() == 2 else gate_up.contiguous()
     sizes = _cpu_sizes(gate_up)
     out = gate_up.new_empty((*gate_up.shape[:-1], sizes[2]))
