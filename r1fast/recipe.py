@@ -5,8 +5,10 @@
     RUN_DIR/stages/<name>/               checkpoint/ or rows.jsonl, and stage.json, written last
     RUN_DIR/summary.json                 all stages and the measured claims (summary.py)
 
-A stage counts as done only when its stage.json is there: it holds the fingerprint of the stage's inputs (graph.py)
-and the size of every file the stage wrote, so a run that was killed anywhere resumes from the last stage that is whole.
+A stage counts as done only when its stage.json is there: it holds the fingerprint of the stage's inputs (graph.py),
+which making of the stages it read, and the size of every file it wrote, so a run that was killed anywhere resumes from
+the last stage that is whole. What a stage left is removed when the stage is done again, and not before: a resume with
+the wrong settings that is stopped in time costs the stage it stood in.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import yaml
 
 from r1fast.check import check
 from r1fast.config import UserError, dump_recipe
 from r1fast.device import choose_device, choose_dtype
-from r1fast.graph import dependents, fingerprints, order, stage_seed
+from r1fast.graph import dependents, edges, fingerprints, order, stage_seed
 from r1fast.heap import keep_freed_memory
 from r1fast.metrics import RunLog, write_atomically
 from r1fast.stages.context import StageContext
@@ -72,17 +77,16 @@ def run(
         import_module(f"r1fast.stages.{kind}")  # all code of an hours-long run is read now, not as stages come
     if fresh:
         _remove_run(out)
-    redo = dependents(recipe, {name for name in names if not is_done(out, name, prints[name])})
+    redo = stages_to_do(recipe, out, prints)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made a run directory: {error.strerror}; name another with --out") from None
-    # Records go before the log lines do: killed in between, the next run must not take a stage without lines as done.
-    for stale in (SUMMARY, "report.html", *(f"{STAGES}/{name}/{RECORD}" for name in redo)):
+    for stale in (SUMMARY, "report.html"):
         (out / stale).unlink(missing_ok=True)
     write_atomically(out / CONFIG, dump_recipe(recipe))
     with RunLog(out) as log:
-        log.keep_stages(name for name in names if name not in redo)
+        log.keep_stages(names)
         this = _Run(recipe, out, tasks, prints, device, dtype, log, progress)
         records = {}
         for name in names:
@@ -128,10 +132,12 @@ def read_record(out: Path, name: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def is_done(out: Path, name: str, fingerprint: str) -> bool:
-    """Whether the stage was finished with these very inputs and each file it wrote is still there, in its size."""
+def is_done(out: Path, name: str, fingerprint: str, sources: set[str]) -> bool:
+    """Whether the stage was finished with these very inputs and each file it wrote is still there, in its size.
+
+    `sources`: the stages it reads. One that was made again since has another mark than the one that was read."""
     record = read_record(out, name)
-    if record is None or record.get("fingerprint") != fingerprint:
+    if record is None or record.get("fingerprint") != fingerprint or record.get("read") != _marks(out, sources):
         return False
     directory = out / STAGES / name
     return all(
@@ -140,10 +146,48 @@ def is_done(out: Path, name: str, fingerprint: str) -> bool:
     )
 
 
+def _marks(out: Path, sources: set[str]) -> dict[str, str | None]:
+    return {name: (read_record(out, name) or {}).get("made") for name in sorted(sources)}
+
+
+def _sources(recipe: RecipeConfig, name: str) -> set[str]:
+    return {edge.source for edge in edges(recipe) if edge.target == name}
+
+
+def stages_to_do(recipe: RecipeConfig, out: Path, prints: Mapping[str, str]) -> set[str]:
+    """The stages that a resume in `out` runs: those that are not done, and all that read them."""
+    missing = {name for name in recipe.stages if not is_done(out, name, prints[name], _sources(recipe, name))}
+    return dependents(recipe, missing)
+
+
+def told_before_resuming(recipe: RecipeConfig, out: Path) -> str | None:
+    """One sentence where a resume would do finished stages again because the settings are others than the run's."""
+    try:
+        before = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    lost = [name for name in stages_to_do(recipe, out, fingerprints(recipe)) if read_record(out, name)]
+    changed = list(_differences(before, yaml.safe_load(dump_recipe(recipe)), ""))
+    if not lost or not changed:
+        return None
+    lost.sort(key=list(recipe.stages).index)
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return (
+        f"settings differ from those of the run in {out} ({'; '.join(changed[:3])}{more}): finished stages that are "
+        f"done again: {', '.join(lost)}. Ctrl-C now keeps what is not yet begun"
+    )
+
+
+def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys((*before, *now)):
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    elif before != now:
+        yield f"{path} {before} -> {now}"
+
+
 def finished_stages(out: Path) -> list[str]:
     """Stages of a run directory that have a record, in the order of its config.yaml."""
-    import yaml
-
     try:
         config = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
     except OSError:
@@ -160,6 +204,9 @@ def _do_stage(this: _Run, name: str) -> dict[str, Any]:
 
     stage = this.recipe.stages[name]
     directory = this.out / STAGES / name
+    # The record goes before the log lines do: killed in between, a stage without lines must not be taken as done.
+    (directory / RECORD).unlink(missing_ok=True)
+    this.log.keep_stages(other for other in this.recipe.stages if other != name)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     seed = stage_seed(this.recipe.seed, name)
@@ -202,6 +249,8 @@ def _record(this: _Run, name: str, outcome: StageOutcome, seconds: float) -> dic
         "kind": stage.kind,
         "from": getattr(stage, "from_", None),
         "fingerprint": this.fingerprints[name],
+        "made": uuid4().hex,  # marks this making of the stage: what reads it notes which one it read
+        "read": _marks(this.out, _sources(this.recipe, name)),
         "seed": stage_seed(this.recipe.seed, name),
         "seconds": seconds,
         "note": outcome.note,

@@ -110,7 +110,8 @@ def claims(recipe: RecipeConfig, evaluations: Mapping[str, Mapping | None]) -> l
             if rival.kind == "grpo" and rival.from_ == stage.from_ and other in scores:
                 ahead = 100 * (scores[name] - scores[other])
                 text = f"{name} {scores[name]:.1%}, {other} {scores[other]:.1%}"
-                found.append(_claim(f"distilling beats RL alone in the same student: {text}", ahead, "points", ahead > 0))
+                says = f"distilling beats RL alone in the same student: {text}"
+                found.append(_claim(says, ahead, "points", ahead > 0))
     return found
 
 

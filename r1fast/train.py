@@ -90,8 +90,10 @@ def train(recipe: RecipeConfig, out: Path, options: argparse.Namespace, argv: Se
     """Runs, then prints the stage table and writes the report; tells how to resume when interrupted."""
     from r1fast.graph import order
     from r1fast.progress import for_output
-    from r1fast.recipe import run
+    from r1fast.recipe import run, told_before_resuming
 
+    if options.resume and (told := told_before_resuming(recipe, out)):
+        print(f"note: {told}", file=sys.stderr)
     try:
         with for_output(order(recipe)) as progress:
             summary = run(recipe, out, progress=progress, resume=options.resume, fresh=options.fresh)

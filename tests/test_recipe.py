@@ -13,7 +13,7 @@ from r1fast import graph
 from r1fast.config import UserError, load_recipe
 from r1fast.metrics import read_events
 from r1fast.progress import PlainProgress
-from r1fast.recipe import finished_stages, run
+from r1fast.recipe import finished_stages, run, told_before_resuming
 from r1fast.stages.context import StageOutcome
 from r1fast.summary import claims, phase_totals, table
 
@@ -182,6 +182,23 @@ def test_a_change_that_is_interrupted_is_not_taken_for_done(load, stages, tmp_pa
     go(load(), out, resume=True)
     assert stages.ran == ["sft", "liking", "all_rl", "distill"]
     assert sorted(steps(out)) == sorted(NAMES)
+
+
+def test_a_resume_with_the_wrong_settings_stopped_in_time_costs_one_stage(load, stages, tmp_path):
+    out = tmp_path / "run"
+    go(load(), out)
+    wrong = load("seed=5")
+    told = told_before_resuming(wrong, out)
+    assert "seed 0 -> 5" in told and ", ".join(NAMES) in told
+    assert told_before_resuming(load(), out) is None
+    stages.stop_at = (NAMES[0], KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        go(wrong, out, resume=True)
+    assert finished_stages(out) == NAMES[1:]
+    stages.stop_at = None
+    stages.ran.clear()
+    go(load(), out, resume=True)
+    assert stages.ran[0] == NAMES[0] and sorted(steps(out)) == sorted(NAMES)
 
 
 def test_an_existing_run_is_never_overwritten_silently(load, stages, tmp_path):

@@ -151,7 +151,8 @@ def _claims(runs: Sequence[Run]) -> list[str]:
         numeric = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
         value = short(median(numeric)) if len(numeric) == len(values) else "; ".join(str(v) for v in values)
         unit = same[0].get("unit")
-        lines.append(_line([subject, f"{value} {unit}" if unit else value, f"{sum(bool(check['holds']) for check in same)} of {len(same)}"]))
+        value = f"{value} {unit}" if unit else value
+        lines.append(_line([subject, value, f"{sum(bool(check['holds']) for check in same)} of {len(same)}"]))
     return lines
 
 
