@@ -130,12 +130,12 @@ def _gradient_rows(
 
 
 def tile(vocabulary: int) -> tuple[int, int]:
-    """(rows, columns) of a program: up to 4096 logits of one row, or 1024 of several: 2048 spill, in some variants.
+    """(rows, columns) of a program: up to 4096 logits of one row, or 512 of several: more spill, in some variants.
 
     The interpreter pays by the program, so there it is 64 rows.
     """
     columns = min(next_power_of_2(vocabulary), 4096)
-    return 64 if interpreted() else max(1, 1024 // columns), columns
+    return 64 if interpreted() else max(1, 512 // columns), columns
 
 
 WARPS = 8

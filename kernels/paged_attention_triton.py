@@ -15,7 +15,7 @@ from r1fast_kernels.triton_support import jit, next_power_of_2, tl, where_triton
 
 SPLIT = 256  # positions of a piece
 LARGEST_HEAD = 256
-WIDEST_ROWS = 128  # query heads of one key head
+WIDEST_ROWS = 32  # query heads of one key head
 
 
 @jit
@@ -147,9 +147,10 @@ def supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scal
 
 
 def _shape(width: int, element: int) -> tuple[int, int]:
-    """(padded head, positions of a tile): at most 16 KiB of keys, so that several programs fit; 64 of float32 spill."""
+    """(padded head, positions of a tile): at most 16 KiB of keys, so that several programs fit; float32 spills at more
+    than 16 positions in some widths."""
     padded = max(next_power_of_2(width), 16)
-    return padded, min(max(16384 // (padded * element), 16), 128 // element)
+    return padded, 16 if element == 4 else min(max(16384 // (padded * element), 16), 64)
 
 
 def forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> Tensor:

@@ -221,5 +221,6 @@ def forward(logits, seed, sequence, position, temperature, top_k, top_p) -> tupl
         _tile_sums[(rows, tiles)](logits, given[3], maxima, sums, width, tiles, tile, num_warps=8)
         shared = (logits, *given, maxima, sums, token, found[0], found[1], width, tiles)
         _draw[(rows,)](*shared, tile, next_power_of_2(tiles), FAR, num_warps=8)
-        _draw_truncated[(rows,)](*shared, next_power_of_2(tiles), FAR, min(tile, 512), 16, num_warps=16)
+        block, warps = min(tile, 512), 16 if tile > 256 else 8
+        _draw_truncated[(rows,)](*shared, next_power_of_2(tiles), FAR, block, 16, num_warps=warps)
     return token, found[0], found[1]
