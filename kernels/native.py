@@ -13,9 +13,18 @@ import torch
 @cache
 def _load(name: str):
     try:
-        return import_module(f"r1fast_kernels.{name}")
+        module = import_module(f"r1fast_kernels.{name}")
     except ImportError as error:
         return error
+
+    def missing(attribute: str):  # asked for what the module has not (PEP 562)
+        raise AttributeError(
+            f"the compiled module {name} has no {attribute!r}: it is older than the sources; build it anew with "
+            f"pip install -e ."
+        )
+
+    module.__getattr__ = missing
+    return module
 
 
 def cpu():

@@ -204,3 +204,8 @@ def test_without_the_flag_no_benchmark_runs(clean_environment):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", ".", *only_here]
     child = subprocess.run(command, env=clean_environment, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 5, child.stdout  # nothing collected
+
+
+def test_a_module_older_than_the_sources_says_so():
+    with pytest.raises(AttributeError, match=r"_cpu has no 'tomorrows_kernel'.*pip install -e"):
+        native.cpu().tomorrows_kernel(1)
