@@ -77,6 +77,14 @@ void check_positions(const int64_t* positions, int64_t rows, int64_t limit) {
                                 " rows");
 }
 
+void check_targets(const int64_t* targets, int64_t rows, int64_t vocabulary) {
+  bool inside = true;
+  for (int64_t i = 0; i < rows; ++i) inside &= static_cast<uint64_t>(targets[i]) < static_cast<uint64_t>(vocabulary);
+  if (!inside)
+    throw std::invalid_argument("linear_head: a target lies outside the vocabulary, which has " +
+                                std::to_string(vocabulary) + " words");
+}
+
 r1::Strided strided(Address data, int64_t row, int64_t head) { return {at<const float>(data), row, head}; }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -105,6 +113,21 @@ PYBIND11_MODULE(_cpu, m) {
         ops.grpo_loss(at<const float>(logp), at<const float>(old_logp), at<const float>(ref_logp),
                       at<const float>(advantages), at<const float>(weights), rows, low, high, kl_coef, kl_kind,
                       at<float>(loss), at<float>(slope), at<float>(stats));
+      },
+      Release());
+  m.def(
+      "linear_head",
+      [&ops](Address hidden, Address weight, Address targets, int64_t rows, int64_t width, int64_t vocabulary,
+             float scale, int loss, Address slopes, Address old_logp, Address ref_logp, Address advantages,
+             Address weights, float low, float high, float kl_coef, int kl_kind, Address logp, Address entropy,
+             Address d_hidden, Address d_weight, Address stats) {
+        check_targets(at<const int64_t>(targets), rows, vocabulary);
+        if (!ops.linear_head({at<const float>(hidden), at<const float>(weight), at<const int64_t>(targets), rows, width,
+                              vocabulary, scale, loss, at<const float>(slopes), at<const float>(old_logp),
+                              at<const float>(ref_logp), at<const float>(advantages), at<const float>(weights), low,
+                              high, kl_coef, kl_kind, at<float>(logp), at<float>(entropy), at<float>(d_hidden),
+                              at<float>(d_weight), at<float>(stats)}))
+          throw std::bad_alloc();
       },
       Release());
   m.def(

@@ -9,7 +9,7 @@ the backward pass. Backward only scales what is there. Rows whose slope d(loss)/
 and no KL term, clipped, or weight 0) are left out of the two gradient products, which changes nothing.
 
 The Triton kernels are in linear_head_triton.py. There the rows to leave out are chosen before any product, so clipped
-ones stay in: looking at the slopes would stop the host at every chunk.
+ones stay in: looking at the slopes would stop the host at every chunk. The C++ is in linear_head_cpu.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from r1fast_kernels import linear_head_cpu, native
 from r1fast_kernels import linear_head_triton as head_triton
 from r1fast_kernels.grpo_loss import GRPOStats, check_settings, check_streams, loss_and_slope
 from r1fast_kernels.linear_logprob import Head, check_head, head_case, work_dtype
@@ -209,15 +210,21 @@ def _triton_cross_entropy(hidden, weight, targets, weights, wants=None) -> tuple
     return (slopes @ found.logp, found.logp), saved
 
 
-def _triton(forward: Callable) -> dict[str, Backend]:
+def _backends(cpu: Callable, triton: Callable) -> dict[str, Backend]:
+    """Of an op whose forwards take their gradients, which `wants` turns off."""
+    parts = {
+        "cpu": (cpu, linear_head_cpu.scaled_backward, native.cpu_unavailable, linear_head_cpu.supports),
+        "triton": (triton, _triton_backward, triton_unavailable, head_triton.supports),
+    }
     return {
-        "triton": Backend(
+        name: Backend(
             forward,
-            _triton_backward,
-            inference=lambda *args: forward(*args, wants=(False, False))[0],
-            unavailable=triton_unavailable,
-            supports=head_triton.supports,
+            backward,
+            inference=lambda *args, forward=forward: forward(*args, wants=(False, False))[0],
+            unavailable=unavailable,
+            supports=supports,
         )
+        for name, (forward, backward, unavailable, supports) in parts.items()
     }
 
 
@@ -306,7 +313,7 @@ OP = register(
         name="linear_grpo_loss",
         check=check,
         reference=reference,
-        backends=_triton(_triton_grpo),
+        backends=_backends(linear_head_cpu.grpo_forward, _triton_grpo),
         cases=cases,
         invalid=invalid,
         **_DESCRIPTION,
@@ -317,7 +324,7 @@ OP_CROSS_ENTROPY = register(
         name="linear_cross_entropy",
         check=check_cross_entropy,
         reference=reference_cross_entropy,
-        backends=_triton(_triton_cross_entropy),
+        backends=_backends(linear_head_cpu.cross_entropy_forward, _triton_cross_entropy),
         cases=cases_cross_entropy,
         invalid=invalid_cross_entropy,
         **_DESCRIPTION,

@@ -8,7 +8,7 @@ Logits are the largest tensor of training ([T, V] in fp32: 20 GB at 32k tokens a
 chunk of rows at a time, in fp32; the backward pass makes each chunk again. Weight gradients are summed in fp32, chunk
 after chunk, in a fixed order: the same call gives the same bits.
 
-The Triton kernels, which linear_grpo_loss.py uses too, are in linear_head_triton.py.
+The Triton kernels, which linear_grpo_loss.py uses too, are in linear_head_triton.py, the C++ in linear_head_cpu.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from r1fast_kernels import linear_head_cpu, native
 from r1fast_kernels import linear_head_triton as head_triton
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import triton_unavailable
@@ -199,9 +200,15 @@ OP = register(
         check=check,
         reference=reference,
         backends={
+            "cpu": Backend(
+                linear_head_cpu.logprob_forward,
+                linear_head_cpu.logprob_backward,
+                unavailable=native.cpu_unavailable,
+                supports=linear_head_cpu.supports,
+            ),
             "triton": Backend(
                 _triton_forward, _triton_backward, unavailable=triton_unavailable, supports=head_triton.supports
-            )
+            ),
         },
         cases=cases,
         invalid=invalid,

@@ -12,6 +12,7 @@
   X(isa, group_advantage)     \
   X(isa, group_advantage_ids) \
   X(isa, grpo_loss)           \
+  X(isa, linear_head)         \
   X(isa, paged_append)        \
   X(isa, paged_attention)     \
   X(isa, philox_words)        \
@@ -34,6 +35,8 @@
   void grpo_loss(const float* logp, const float* old_logp, const float* ref_logp, const float* advantages,            \
                  const float* weights, int64_t rows, float low, float high, float kl_coef, int kl_kind, float* loss,  \
                  float* slope, float* stats);                                                                         \
+  /* False when memory runs out */                                                                                    \
+  bool linear_head(const HeadCall& call);                                                                             \
   /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all_slots, row]; false for a slot outside */        \
   bool paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,   \
                     const int64_t* slots, int64_t tokens, int64_t row, int64_t all_slots);                            \
@@ -86,6 +89,23 @@ struct Strided {
 // Of a row of attention: its largest score, and 1 / sum of exp(score - largest).
 struct Softmax {
   float most, inverse;
+};
+
+// Hidden states, the head, and a loss that hangs on each row's log-probability.
+struct HeadCall {
+  enum Loss : int { kNoLoss = 0, kGivenSlope = 1, kGRPO = 2 };
+  const float *hidden, *weight;  // [rows, width], [vocabulary, width]
+  const int64_t* targets;        // [rows], in [0, vocabulary)
+  int64_t rows, width, vocabulary;
+  float scale;  // of the logits: 1 / temperature
+  int loss;
+  const float *slopes, *old_logp, *ref_logp, *advantages, *weights;  // [rows]; null where the loss needs none
+  float low, high, kl_coef;
+  int kl_kind;
+  float *logp, *entropy;       // [rows]; entropy null where it is not wanted
+  float *d_hidden, *d_weight;  // [rows, width], [vocabulary, width]; null where they are not wanted
+  float* stats;                // loss, kl_sum, clipped_sum, ratio_sum, ratio_max, count; null without GRPO
+  bool gradient() const { return d_hidden || d_weight; }
 };
 
 namespace generic {

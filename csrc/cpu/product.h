@@ -1,0 +1,93 @@
+// Matrix products by the tile of registers, for ops that work on a product's result while it is in the cache. One loop
+// serves every orientation: the left factor is read number by number, the right one by the vector, from packed panels.
+// (Plain float32 torch.mm takes MKL's slow path on AMD; oneDNN's packed weights would be a second copy of the head.)
+#pragma once
+
+#include "simd.h"
+
+namespace r1 {
+namespace R1_ISA {
+
+// 24 sums of 32 registers, or 12 of 16.
+constexpr int kTileRows = kLanes == 16 ? 12 : 6, kTileColumns = 2 * kLanes;
+constexpr int kDepth = 128;            // terms of a sum that are added up in registers: a panel in half of L1
+constexpr int kLeftRow = kDepth + 16;  // of a packed left factor; not a power of two: its rows share no cache sets
+constexpr int kBlock = 48;             // rows of a packed left factor
+static_assert(kBlock % kTileRows == 0, "a block is whole tiles");
+
+// out[m][n] (+)= sum over k < depth of left[m * LEFT_ROW + k * step] * right[k * kTileColumns + n], for a whole tile.
+template <int LEFT_ROW>
+inline __attribute__((noinline)) void tile(const float* left, int64_t step, const float* right, int64_t depth,
+                                           float* out, int64_t out_row, bool add) {
+  Vec sum[kTileRows][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < kTileRows; ++m) {
+    sum[m][0] = sum[m][1] = Vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec first = load(right), second = load(right + kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) {
+      const Vec a = all(left[m * LEFT_ROW]);
+      sum[m][0] += a * first;
+      sum[m][1] += a * second;
+    }
+    left += step;
+    right += kTileColumns;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kTileRows; ++m) {
+    float* to = out + m * out_row;  // sums of sums: the errors of 128 terms, not of all
+    store(to, add ? load(to) + sum[m][0] : sum[m][0]);
+    store(to + kLanes, add ? load(to + kLanes) + sum[m][1] : sum[m][1]);
+  }
+}
+
+// The same where only `rows` x `columns` of the tile are in memory.
+template <int LEFT_ROW>
+R1_INLINE void tile_part(const float* left, int64_t step, const float* right, int64_t depth, float* out,
+                         int64_t out_row, bool add, int64_t rows, int64_t columns) {
+  if (rows >= kTileRows && columns >= kTileColumns) {
+    tile<LEFT_ROW>(left, step, right, depth, out, out_row, add);
+    return;
+  }
+  alignas(64) float whole[kTileRows * kTileColumns];
+  tile<LEFT_ROW>(left, step, right, depth, whole, kTileColumns, false);
+  for (int64_t m = 0; m < rows && m < kTileRows; ++m)
+    for (int64_t n = 0; n < columns && n < kTileColumns; ++n) {
+      float* to = out + m * out_row + n;
+      *to = add ? *to + whole[m * kTileColumns + n] : whole[m * kTileColumns + n];
+    }
+}
+
+// A block of memory that will be needed next, asked for a few rows at a time between the tiles of this one. (Without it
+// the first touch of each block waits: a tenth of the time of a whole head, whose weight no cache holds.)
+struct Ahead {
+  const float* from;
+  int64_t row, rows, width;  // row: distance; rows <= 0: nothing is needed
+  int64_t done = 0;
+  R1_INLINE void fetch(int64_t count) {
+    for (; count > 0 && done < rows; --count, ++done)
+      for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(from + done * row + i, 0, 2);
+  }
+};
+
+// Up to kBlock rows of `depth` <= kDepth numbers, into rows kLeftRow apart; the rest of the last tile is zero.
+inline void pack_left(const float* from, int64_t row, int64_t rows, int64_t depth, float* to) {
+  int64_t m = 0;
+  for (; m < rows; ++m) std::memcpy(to + m * kLeftRow, from + m * row, depth * sizeof(float));
+  for (; m % kTileRows; ++m) std::memset(to + m * kLeftRow, 0, depth * sizeof(float));
+}
+
+// `columns` <= kTileColumns numbers of a row, into a row of a panel; the others are zero.
+R1_INLINE void pack_right(const float* from, int64_t columns, float* to) {
+  if (columns >= kTileColumns) {
+    store(to, load(from));
+    store(to + kLanes, load(from + kLanes));
+    return;
+  }
+  for (int64_t n = 0; n < kTileColumns; ++n) to[n] = n < columns ? from[n] : 0.0f;
+}
+
+}  // namespace R1_ISA
+}  // namespace r1
