@@ -5,9 +5,9 @@ its slope, d(logits) over the logits, and both gradient products, in float32. Of
 no copy of the head. Rows that cannot have a gradient (weight 0, or no advantage and no KL term) are put behind the
 others and left out of the two gradient products; clipped ones, which are known too late for that, stay in.
 
-The same bits for any number of threads. On one thread of a Zen 4, loss and gradients run at 82 GFLOP/s (6000 rows x 64 x
-280 words) and 96 (960 x 512 x 8192) of the 117 that its registers can do; from one row on, no size was found where the
-reference is faster, so `supports` asks for none.
+The same bits for any number of threads. On one thread of a Zen 4, loss and gradients run at 82 GFLOP/s (6000 rows x 64
+x 280 words) and 96 (960 x 512 x 8192) of the 117 that its registers can do. From one row on, no size was found where
+the reference is faster, so `supports` asks for none.
 """
 
 from __future__ import annotations
