@@ -205,13 +205,14 @@ def main() -> int:
     runs, versions = available()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    rows = [row for words in options.vocabulary for row in measure(words, options.turns, runs)]
-    results = {"machine": {**machine, "commit": commit, "peers": versions}, "rows_of_each": ROWS, "width": WIDTH}
-    results |= {"turns": options.turns, "rows": rows}
     name = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
     path = RESULTS / f"{name}-{commit[:10] or 'no-commit'}-kernels_vs_peers.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results = {"machine": {**machine, "commit": commit, "peers": versions}, "rows_of_each": ROWS, "width": WIDTH}
+    results |= {"turns": options.turns, "rows": []}
+    for words in options.vocabulary:  # written as it grows: the large ones take minutes
+        results["rows"] += measure(words, options.turns, runs)
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{table(results)}\n\nwritten to {path.relative_to(ROOT)}")
     return 0
 
