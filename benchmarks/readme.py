@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readme`: writes the measured parts of README.md anew from benchmarks/results/.
+"""`python -m benchmarks.readme`: writes the measured parts of the pages anew from benchmarks/results/.
 
 A measured part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. `--check` writes nothing and exits 1
-where the README differs from what the results say; tests/test_readme.py runs it.
+where a page differs from what the results say; tests/test_readme.py runs it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from benchmarks import kernels_vs_peers
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
-TINY = ROOT / "benchmarks" / "results" / "tiny"
+RESULTS = ROOT / "benchmarks" / "results"
+TINY = RESULTS / "tiny"
 PICTURE = ROOT / "docs" / "tiny.png"
 
 
@@ -31,10 +33,19 @@ def tiny_part() -> str:
     seconds = sorted(s["seconds"] for s in summaries)
     spread = f"{median(seconds):.0f} s a run ({seconds[0]:.0f}–{seconds[-1]:.0f})"
     where = f"{first['machine']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch']}"
-    return f"{markdown_table(tiny_runs())}\n\nMeasured with `python -m benchmarks.tiny`: {where}; {spread}."
+    commits = ", ".join(sorted({s["commit"] for s in summaries}))
+    measured = f"Measured with `python -m benchmarks.tiny` at {commits}: {where}; {spread}."
+    return f"{markdown_table(tiny_runs())}\n\n{measured}"
 
 
-PARTS = {"tiny": tiny_part}
+def peers_part() -> str:
+    """What benchmarks.kernels_vs_peers left, one table a file: an old one is removed when a new one is committed."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-kernels_vs_peers.json")))
+    return "\n\n".join(map(kernels_vs_peers.table, found))
+
+
+PARTS = {"tiny": tiny_part, "peers": peers_part}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
 
 
 def rewritten(readme: str) -> str:
@@ -51,14 +62,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the README is out of date")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = rewritten(before)
-    if options.check:
+    stale = []
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = rewritten(before)
         if before != after:
-            print("README.md differs from benchmarks/results; run python -m benchmarks.readme", file=sys.stderr)
-        return int(before != after)
-    path.write_text(after, encoding="utf-8")
+            stale.append(path.name)
+            if not options.check:
+                path.write_text(after, encoding="utf-8")
+    if options.check:
+        if stale:
+            print(f"{' and '.join(stale)}: old; run python -m benchmarks.readme", file=sys.stderr)
+        return int(bool(stale))
     print(write_picture(tiny_runs()[0], PICTURE))
     return 0
 

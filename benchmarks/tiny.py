@@ -22,11 +22,19 @@ RESULTS = Path(__file__).parent / "results" / "tiny"
 STEP_KEYS = ("event", "stage", "kind", "step", "steps", "time", "response_length", "reward", "pass_rate", "loss")
 
 
-def keep(run: Path, folder: Path) -> None:
-    """Copies what the README needs of a finished run."""
+def commit() -> str:
+    """The checkout's commit, short; "unknown" outside of one."""
+    asked = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def keep(run: Path, folder: Path, commit: str) -> None:
+    """Copies what the README needs of a finished run, and says which commit ran."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.yaml", "summary.json"):
-        shutil.copy(run / name, folder / name)
+    shutil.copy(run / "config.yaml", folder / "config.yaml")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    (folder / "summary.json").write_text(json.dumps({"commit": commit, **summary}, indent=1) + "\n", encoding="utf-8")
     lines = []
     for event in read_events(run):
         if event["event"] == "step":
@@ -49,7 +57,7 @@ def main() -> int:
             code = subprocess.call([*command, "--fresh", "--out", str(out)])
             if code:
                 return code
-            keep(out, RESULTS / f"seed{seed}")
+            keep(out, RESULTS / f"seed{seed}", commit())
     return 0
 
 
