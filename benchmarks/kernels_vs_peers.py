@@ -200,8 +200,8 @@ def main() -> int:
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        print(peak(options.peak[0], int(options.peak[1])))
-        return 0
+        print(peak(options.peak[0], int(options.peak[1])), flush=True)
+        os._exit(0)  # torch's compile workers may abort a process that ends otherwise
     runs, versions = available()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
