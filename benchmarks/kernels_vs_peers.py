@@ -9,6 +9,7 @@ installed are named with the command that would install them.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -113,6 +114,8 @@ def peak(name: str, vocabulary: int) -> float:
     small = tuple(x.detach()[:ROWS].clone().requires_grad_(x.requires_grad) for x in arguments)
     if name == "torch.compile":
         step(run, small)  # what the compiler itself takes is not the loss's
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what the inputs' making left would be used again, unseen
     before, found, done = resident(), [0], threading.Event()
 
     def watch():
@@ -127,10 +130,11 @@ def peak(name: str, vocabulary: int) -> float:
     return (max(found[0], before) - before) / 2**20
 
 
-def peak_elsewhere(name: str, vocabulary: int) -> float:
+def peak_elsewhere(name: str, vocabulary: int) -> int | None:
+    """MiB, or None where the process does not survive: torch.compile's sometimes aborts, which costs a number only."""
     command = [sys.executable, "-m", "benchmarks.kernels_vs_peers", "--peak", name, str(vocabulary)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return float(child.stdout.split()[-1])
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return round(float(child.stdout.split()[-1])) if child.returncode == 0 else None
 
 
 def measure(vocabulary: int, turns: int, runs: dict) -> list[dict]:
@@ -150,7 +154,7 @@ def measure(vocabulary: int, turns: int, runs: dict) -> list[dict]:
         ratios = [theirs / mine for theirs, mine in zip(spent, seconds["r1fast"], strict=True)]
         rows.append({"vocabulary": vocabulary, "name": name, "seconds": round(median(spent), 4)})
         rows[-1] |= {"ratio": [round(f(ratios), 2) for f in (median, min, max)]}
-        rows[-1]["MiB"] = round(peak_elsewhere(name, vocabulary))
+        rows[-1]["MiB"] = peak_elsewhere(name, vocabulary)
     return rows
 
 
@@ -167,8 +171,9 @@ def table(results: dict) -> str:
     lines.append("|---|---|---:|---:|---:|")
     for row in results["rows"]:
         middle, low, high = row["ratio"]
+        memory = "–" if row["MiB"] is None else row["MiB"]
         ratio = "1" if row["name"] == "r1fast" else f"{middle:.2f} ({low:.2f}–{high:.2f})"
-        lines.append(f"| {row['vocabulary']} | {row['name']} | {row['seconds']:.2f} | {ratio} | {row['MiB']} |")
+        lines.append(f"| {row['vocabulary']} | {row['name']} | {row['seconds']:.2f} | {ratio} | {memory} |")
     where = results["machine"]
     peers = ", ".join(f"{name} {number}" for name, number in where["peers"].items())
     text = f"{results['rows_of_each']} rows x {results['width']}, float32, KL on; {where['processor']}, "
