@@ -41,7 +41,8 @@ def tiny_part() -> str:
 def peers_part() -> str:
     """What benchmarks.kernels_vs_peers left, one table a file: an old one is removed when a new one is committed."""
     found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-kernels_vs_peers.json")))
-    return "\n\n".join(map(kernels_vs_peers.table, found))
+    tables = "\n\n".join(map(kernels_vs_peers.table, found))
+    return tables or "No results are committed yet; docs/log.md has first numbers."
 
 
 PARTS = {"tiny": tiny_part, "peers": peers_part}
