@@ -50,5 +50,7 @@ def run_micro_stages(out: Path, micro: Path, stages: dict[str, dict]) -> dict:
     """Runs `stages` (blocks of a recipe) alone, each from the base of the small run in `micro`."""
     recipe = load_recipe("tiny", MICRO).model_dump(by_alias=True)
     base = str(micro / "stages" / "base" / "checkpoint")
-    recipe["stages"] = {name: {"from": base, **stage} for name, stage in stages.items()}
+    recipe["stages"] = {
+        name: stage if stage["kind"] == "pretrain" else {"from": base, **stage} for name, stage in stages.items()
+    }
     return run(RecipeConfig.model_validate(recipe), out, progress=Silent())

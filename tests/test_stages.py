@@ -2,6 +2,7 @@
 a KL term, GSPO, pointwise reward models, evaluation as a stage, rows from a file."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from micro_run import run_micro_stages
 from r1fast.config import UserError
 from r1fast.metrics import read_events
 from r1fast.stages.grpo import GRPOStageRun, shares
-from r1fast.stages.reject import why_dropped
+from r1fast.stages.pretrain import batches_of
+from r1fast.stages.reject import keep, why_dropped
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
 RL = {
@@ -145,3 +147,33 @@ def test_the_first_broken_rule_is_named(text, rewards, finish, reason):
     stage = SimpleNamespace(require=["accuracy", "format", "language"], readable=0.9, max_paragraph=2000)
     rollout = Rollout([5], [-0.1], finish, text, {"accuracy": 1.0, "format": 1.0, "language": 1.0, **rewards})
     assert why_dropped(rollout, group([0.0]), stage) == reason
+
+
+def test_each_prompt_keeps_so_many_different_samples():
+    texts = [f"<think> {i} </think> <answer> 3 </answer>" for i in (1, 1, 2, 3, 4)]
+    right = {"accuracy": 1.0, "format": 1.0, "language": 1.0}
+    rollouts = [Rollout([5], [-0.1], "stop", text, right) for text in texts]
+    stage = SimpleNamespace(
+        require=["accuracy", "format", "language"], readable=1.0, max_paragraph=2000, keep_per_prompt=2
+    )
+    dropped = Counter()
+    kept = keep(RolloutGroup(Prompt("p", (1,), "p", "3", "totals"), rollouts, 0), stage, dropped)
+    assert [row.completion for row in kept] == [texts[0], texts[2]]
+    assert dropped == {"duplicate": 1, "more than keep_per_prompt": 2}
+
+
+def test_the_curriculum_is_the_easy_share_of_the_steps(micro, tmp_path, monkeypatch):
+    begun, taken = [], []
+
+    def told(rows, budget):
+        """batches_of, which notes for every batch the how-manieth corpus it is of; one begins when first asked."""
+        begun.append(rows)
+        corpus = len(begun)
+        for batch in batches_of(rows, budget):
+            taken.append(corpus)
+            yield batch
+
+    monkeypatch.setattr("r1fast.stages.pretrain.batches_of", told)
+    stage = {"kind": "pretrain", "task": "totals", "steps": 8, "curriculum": 0.25, "evaluate": False}
+    run_micro_stages(tmp_path / "run", micro, {"base": stage})
+    assert taken == [1] * 2 + [2] * 6
