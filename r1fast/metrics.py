@@ -10,11 +10,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-EVENTS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+FILES = EVENTS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class RunLog:
@@ -27,7 +28,8 @@ class RunLog:
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._files = {name: self._open(name) for name in (EVENTS, SAMPLES)}
+        self._files = {name: self._open(name) for name in FILES}
+        self._lines = {name: Counter(row.get("stage") for row in read_rows(self.directory / name)) for name in FILES}
         last = max((row.get("time") or 0.0 for row in read_events(self.directory)), default=0.0)
         self._zero = time.perf_counter() - last
 
@@ -52,17 +54,46 @@ class RunLog:
         file = self._files[name]
         file.write(_line(fields))
         file.flush()
+        self._lines[name][fields.get("stage")] += 1
+
+    def lines(self, stage: str) -> dict[str, int]:
+        """How many lines of each file are the stage's so far."""
+        return {name: self._lines[name][stage] for name in FILES}
+
+    def sync(self) -> None:
+        """To the disk itself: what is counted in a snapshot must outlive the machine's power."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def keep_stages(self, names: Iterable[str]) -> None:
         """Forgets the lines of every stage but `names` (before a resumed run does those stages again, so that no step
         is told twice). Written aside and renamed: a crash leaves either the old file or the new one."""
         wanted = set(names)
-        for name, file in self._files.items():
-            file.close()
-            path = self.directory / name
-            kept = [row for row in read_rows(path) if row.get("stage") in wanted]
-            write_atomically(path, "".join(map(_line, kept)))
-            self._files[name] = path.open("a", encoding="utf-8")
+        for name in FILES:
+            self._rewrite(name, [row for row in read_rows(self.directory / name) if row.get("stage") in wanted])
+
+    def rewind(self, stage: str, lines: Mapping[str, int]) -> None:
+        """Forgets what was written of `stage` after its first `lines` (of each file): a resumed stage tells it again.
+
+        Raises ValueError, and forgets nothing, where the files hold fewer: they are not those that were counted."""
+        if any(self._lines[name][stage] < lines[name] for name in FILES):
+            raise ValueError(f"the log holds {self.lines(stage)} lines of stage {stage!r}, {dict(lines)} were written")
+        for name in FILES:
+            seen, kept = 0, []
+            for row in read_rows(self.directory / name):
+                if row.get("stage") == stage:
+                    seen += 1
+                    if seen > lines[name]:
+                        continue
+                kept.append(row)
+            self._rewrite(name, kept)
+
+    def _rewrite(self, name: str, rows: list[dict]) -> None:
+        self._files[name].close()
+        path = self.directory / name
+        write_atomically(path, "".join(map(_line, rows)))
+        self._files[name] = path.open("a", encoding="utf-8")
+        self._lines[name] = Counter(row.get("stage") for row in rows)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -3,21 +3,22 @@
     RUN_DIR/config.yaml                  the recipe as it ran, complete
     RUN_DIR/metrics.jsonl samples.jsonl  the log (metrics.py)
     RUN_DIR/stages/<name>/               checkpoint/ or rows.jsonl, and stage.json, written last
+    RUN_DIR/stages/<name>/snapshots/     the state of a stage that is not done yet (stages/steps.py)
     RUN_DIR/summary.json                 all stages and the measured claims (summary.py)
 
 A stage counts as done only when its stage.json is there: it holds the fingerprint of the stage's inputs (graph.py),
 which making of the stages it read, and the size of every file it wrote, so a run that was killed anywhere resumes from
-the last stage that is whole. What a stage left is removed when the stage is done again, and not before: a resume with
-the wrong settings that is stopped in time costs the stage it stood in.
+the last stage that is whole, and in the stage after it from the newest whole snapshot of these very inputs. What a
+stage left is removed when the stage is done again, and not before: a resume with the wrong settings that is stopped in
+time costs the stage it stood in.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,15 @@ from uuid import uuid4
 
 import yaml
 
+from r1fast import snapshot
 from r1fast.check import check
 from r1fast.config import UserError, dump_recipe
 from r1fast.device import choose_device, choose_dtype
 from r1fast.graph import dependents, edges, fingerprints, order, stage_seed
 from r1fast.heap import keep_freed_memory
 from r1fast.metrics import RunLog, write_atomically
-from r1fast.stages.context import StageContext
+from r1fast.stages.context import SNAPSHOTS, StageContext
+from r1fast.stop import StopRequest
 from r1fast.summary import one_line, summarize
 
 if TYPE_CHECKING:
@@ -56,17 +59,25 @@ class _Run:
     dtype: str
     log: RunLog
     progress: Progress
+    stop: StopRequest
     done: dict[str, Path] = field(default_factory=dict)  # directories of the stages that later ones may read
 
 
 def run(
-    recipe: RecipeConfig, out: str | Path, *, progress: Progress, resume: bool = False, fresh: bool = False
+    recipe: RecipeConfig,
+    out: str | Path,
+    *,
+    progress: Progress,
+    resume: bool = False,
+    fresh: bool = False,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Runs what is not yet done of `recipe` in directory `out`, and returns (and writes) the summary.
 
-    resume: stages whose inputs are unchanged and whose outputs are there are reused. fresh: what a run left in `out`
-    is removed first. UserError before any work for everything that can be found wrong then, an existing run without
-    either of the two included.
+    resume: stages whose inputs are unchanged and whose outputs are there are reused, and the one that was interrupted
+    goes on. fresh: what a run left in `out` is removed first. stop: asked between steps whether to end; `Stopped` is
+    raised then, and nothing that was finished is lost. UserError before any work for everything that can be found wrong
+    then, an existing run without either of the first two included.
     """
     out = Path(out)
     _may_write(out, resume, fresh)
@@ -87,7 +98,7 @@ def run(
     write_atomically(out / CONFIG, dump_recipe(recipe))
     with RunLog(out) as log:
         log.keep_stages(names)
-        this = _Run(recipe, out, tasks, prints, device, dtype, log, progress)
+        this = _Run(recipe, out, tasks, prints, device, dtype, log, progress, stop or StopRequest())
         records = {}
         for name in names:
             records[name] = _do_stage(this, name) if name in redo else _reuse_stage(this, name)
@@ -199,51 +210,70 @@ def finished_stages(out: Path) -> list[str]:
 
 
 def _do_stage(this: _Run, name: str) -> dict[str, Any]:
-    """Runs one stage in an empty directory and writes its record."""
+    """Runs one stage, from its newest snapshot or in an empty directory, and writes its record."""
     from r1fast.stages import run_stage
 
     stage = this.recipe.stages[name]
     directory = this.out / STAGES / name
+    context = _context(this, name)
+    described = {"stage": name, "kind": stage.kind, "from": getattr(stage, "from_", None)}
     # The record goes before the log lines do: killed in between, a stage without lines must not be taken as done.
     (directory / RECORD).unlink(missing_ok=True)
-    this.log.keep_stages(other for other in this.recipe.stages if other != name)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    seed = stage_seed(this.recipe.seed, name)
-    _seed_everything(seed)
+    if context.resume is None:
+        this.log.keep_stages(other for other in this.recipe.stages if other != name)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        this.log.event(event="stage", status="started", **described)
+    else:
+        this.log.rewind(name, context.resume.notes["lines"])
+        this.log.event(event="stage", status="resumed", step=context.resume.step, **described)
+    _seed_everything(context.seed)
+    try:
+        outcome = run_stage(context)
+    except BaseException as error:  # told in the log, then the caller's affair: nothing is swallowed
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        this.log.event(event="stage", status=status, seconds=context.seconds(), error=repr(error), **described)
+        raise
+    record = _record(this, name, outcome, context.seconds())
+    write_atomically(directory / RECORD, json.dumps(record, indent=1, ensure_ascii=False, default=_plain) + "\n")
+    shutil.rmtree(context.snapshots, ignore_errors=True)  # after the record: a kill in between costs nothing
+    this.log.event(event="stage", status="finished", seconds=record["seconds"], **described)
+    this.progress.finish(one_line(record))
+    return read_record(this.out, name)
+
+
+def _context(this: _Run, name: str) -> StageContext:
+    directory = this.out / STAGES / name
+    key = {"fingerprint": this.fingerprints[name], "read": _marks(this.out, _sources(this.recipe, name))}
     context = StageContext(
         name=name,
-        stage=stage,
+        stage=this.recipe.stages[name],
         recipe=this.recipe,
         directory=directory,
-        seed=seed,
+        seed=stage_seed(this.recipe.seed, name),
         device=this.device,
         dtype=this.dtype,
         tasks=this.tasks,
         log=this.log,
         progress=this.progress,
         artifacts=dict(this.done),
+        stop=this.stop,
+        snapshot_key=key,
     )
-    described = {"stage": name, "kind": stage.kind, "from": getattr(stage, "from_", None)}
-    this.log.event(event="stage", status="started", **described)
-    began = time.perf_counter()
-    try:
-        outcome = run_stage(context)
-    except BaseException as error:  # told in the log, then the caller's affair: nothing is swallowed
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        seconds = time.perf_counter() - began
-        this.log.event(event="stage", status=status, seconds=seconds, error=repr(error), **described)
-        raise
-    record = _record(this, name, outcome, time.perf_counter() - began)
-    write_atomically(directory / RECORD, json.dumps(record, indent=1, ensure_ascii=False, default=_plain) + "\n")
-    this.log.event(event="stage", status="finished", seconds=record["seconds"], **described)
-    this.progress.finish(one_line(record))
-    return read_record(this.out, name)
+    found = snapshot.newest(context.snapshots, lambda notes: _may_go_on(this.log, name, key, notes), this.progress.note)
+    return replace(context, resume=found)
+
+
+def _may_go_on(log: RunLog, name: str, key: Mapping[str, Any], notes: Mapping[str, Any]) -> bool:
+    """Whether a snapshot is of these inputs, and the log still holds the lines of the steps before it."""
+    held = log.lines(name)
+    return all(notes.get(k) == v for k, v in key.items()) and all(held[f] >= n for f, n in notes["lines"].items())
 
 
 def _record(this: _Run, name: str, outcome: StageOutcome, seconds: float) -> dict[str, Any]:
     stage, directory = this.recipe.stages[name], this.out / STAGES / name
     files = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = [path for path in files if SNAPSHOTS not in path.relative_to(directory).parts]
     return {
         "name": name,
         "kind": stage.kind,

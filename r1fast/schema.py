@@ -231,6 +231,15 @@ Stage = Annotated[
 ]
 
 
+class CheckpointConfig(Strict):
+    """When a running stage is saved, so that a killed run goes on from there (stages/steps.py). Changes no result."""
+
+    minutes: float = Field(10.0, ge=0)  # since the last one; 0: not by time
+    steps: int = Field(0, ge=0)  # since the last one; 0: not by steps
+    keep: PositiveInt = 2  # newest ones; the others are removed
+    rollout_seconds: float = Field(5.0, ge=0)  # a draw that took longer is kept on disk until the next snapshot
+
+
 class RecipeConfig(Strict):
     name: str
     description: str = ""
@@ -241,6 +250,7 @@ class RecipeConfig(Strict):
     model: ModelConfig = ModelConfig()
     tasks: dict[str, TaskConfig]
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     stages: dict[str, Stage]
 
 

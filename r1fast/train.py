@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from r1fast.schema import RecipeConfig
 
-BAD_INPUT, INTERRUPTED = 2, 130
+STOPPED, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +70,8 @@ def read_arguments(options: argparse.Namespace) -> tuple[RecipeConfig, Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 bad input (one sentence on standard error), 130 interrupted."""
+    """Exit codes: 0 done, or stopped by a signal with everything saved; 2 bad input (one sentence on standard error);
+    130 interrupted by a second signal, in the middle of a step."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options = parser().parse_intermixed_args(argv)
@@ -91,15 +92,16 @@ def train(recipe: RecipeConfig, out: Path, options: argparse.Namespace, argv: Se
     from r1fast.graph import order
     from r1fast.progress import for_output
     from r1fast.recipe import run, told_before_resuming
+    from r1fast.stop import Stopped, StopRequest
 
     if options.resume and (told := told_before_resuming(recipe, out)):
         print(f"note: {told}", file=sys.stderr)
     try:
-        with for_output(order(recipe)) as progress:
-            summary = run(recipe, out, progress=progress, resume=options.resume, fresh=options.fresh)
-    except KeyboardInterrupt:
+        with for_output(order(recipe)) as progress, StopRequest(progress.note).listening() as stop:
+            summary = run(recipe, out, progress=progress, resume=options.resume, fresh=options.fresh, stop=stop)
+    except KeyboardInterrupt as ended:
         _tell_interrupted(out, argv)
-        return INTERRUPTED
+        return STOPPED if isinstance(ended, Stopped) else INTERRUPTED
     from rich.console import Console
 
     from r1fast.summary import table
@@ -127,7 +129,7 @@ def _tell_interrupted(out: Path, argv: Sequence[str]) -> None:
 
     done = finished_stages(out)
     words = [word for word in argv if word not in ("--fresh", "--resume")]
-    print(f"\ninterrupted; finished stages: {', '.join(done) or 'none'}", file=sys.stderr)
+    print(f"\nstopped; finished stages: {', '.join(done) or 'none'}", file=sys.stderr)
     print(f"to go on: {shlex.join(['python', '-m', 'r1fast.train', *words, '--resume'])}", file=sys.stderr)
 
 

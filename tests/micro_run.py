@@ -46,11 +46,15 @@ def run_micro(out: Path, *overrides: str, resume: bool = False) -> dict:
     return run(load_recipe("tiny", [*MICRO, *overrides]), out, progress=Silent(), resume=resume)
 
 
-def run_micro_stages(out: Path, micro: Path, stages: dict[str, dict]) -> dict:
-    """Runs `stages` (blocks of a recipe) alone, each from the base of the small run in `micro`."""
-    recipe = load_recipe("tiny", MICRO).model_dump(by_alias=True)
+def run_micro_stages(
+    out: Path, micro: Path, stages: dict[str, dict], settings: dict | None = None, resume: bool = False
+) -> dict:
+    """Runs (or resumes) `stages` (blocks of a recipe) alone, each from the base of the small run in `micro`.
+
+    settings: other blocks of the recipe."""
+    recipe = {**load_recipe("tiny", MICRO).model_dump(by_alias=True), **(settings or {})}
     base = str(micro / "stages" / "base" / "checkpoint")
     recipe["stages"] = {
         name: stage if stage["kind"] == "pretrain" else {"from": base, **stage} for name, stage in stages.items()
     }
-    return run(RecipeConfig.model_validate(recipe), out, progress=Silent())
+    return run(RecipeConfig.model_validate(recipe), out, progress=Silent(), resume=resume)

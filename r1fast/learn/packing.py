@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
@@ -190,12 +190,14 @@ def supervised_steps(
     device: torch.device | str = "cpu",
     seed: int = 0,
     aggregate: Aggregate = "token",
+    first: int = 0,
 ) -> Iterator[list[PackedBatch]]:
     """The micro-batches of each of `steps` optimizer steps: epochs of seeded shuffles, one running into the next.
 
-    The order depends on `seed` alone, so that a resumed run skips what it has done and goes on the same.
+    The order depends on `seed` alone, so that a resumed run skips the `first` steps that it has done and goes on the
+    same.
     """
-    for picks in epochs_of(len(rows), steps, batch_examples, seed):
+    for picks in islice(epochs_of(len(rows), steps, batch_examples, seed), first, None):
         part = [rows[i] for i in picks]
         yield pack(part, loss_weights(part, aggregate), micro_batch_tokens, device)
 

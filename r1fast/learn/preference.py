@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,9 +116,10 @@ def pairwise_steps(
     micro_batch_tokens: int,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    first: int = 0,
 ) -> Iterator[list[ScoredBatch]]:
-    """The micro-batches of each of `steps` optimizer steps, in seeded shuffles."""
-    for picks in epochs_of(len(pairs), steps, batch_pairs, seed):
+    """The micro-batches of each of `steps` optimizer steps from `first` on, in seeded shuffles."""
+    for picks in islice(epochs_of(len(pairs), steps, batch_pairs, seed), first, None):
         yield pack_pairs([pairs[i] for i in picks], micro_batch_tokens, device)
 
 
@@ -131,9 +132,10 @@ def pointwise_steps(
     micro_batch_tokens: int,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    first: int = 0,
 ) -> Iterator[list[ScoredBatch]]:
     """As `pairwise_steps`, of single labelled responses."""
-    for picks in epochs_of(len(sequences), steps, batch_responses, seed):
+    for picks in islice(epochs_of(len(sequences), steps, batch_responses, seed), first, None):
         chosen, known = [sequences[i] for i in picks], [labels[i] for i in picks]
         yield pack_responses(chosen, known, micro_batch_tokens, device)
 

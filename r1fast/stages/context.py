@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
+
+from r1fast.stop import StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +17,11 @@ if TYPE_CHECKING:
     from r1fast.metrics import RunLog
     from r1fast.rewards.pool import WorkerPool
     from r1fast.schema import RecipeConfig, Stage
+    from r1fast.snapshot import Snapshot
     from r1fast.tasks import Task
+
+
+SNAPSHOTS = "snapshots"  # of a stage that is not done yet, in its directory
 
 
 class Progress(Protocol):
@@ -49,6 +56,19 @@ class StageContext:
     progress: Progress
     artifacts: Mapping[str, Path]  # directories of the stages done so far, by name
     pool: WorkerPool | None = None  # worker processes for rewards that are not cheap
+    stop: StopRequest = field(default_factory=StopRequest)  # whether the run has been asked to end
+    resume: Snapshot | None = None  # where an interrupted run of this stage goes on
+    snapshot_key: Mapping[str, Any] = field(default_factory=dict)  # what a snapshot must be of to be gone on with
+    began: float = field(default_factory=perf_counter)
+
+    @property
+    def snapshots(self) -> Path:
+        """Where the stage's snapshots are, until it is done."""
+        return self.directory / SNAPSHOTS
+
+    def seconds(self) -> float:
+        """That the stage has taken so far, those before an interruption included."""
+        return perf_counter() - self.began + (self.resume.notes["seconds"] if self.resume else 0.0)
 
     @property
     def torch_dtype(self) -> torch.dtype:

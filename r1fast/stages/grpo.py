@@ -7,6 +7,8 @@ hold the same model object, so there are no weights to sync; `weights_version` s
 
 from __future__ import annotations
 
+import shutil
+import time
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
@@ -20,13 +22,17 @@ from r1fast.rewards.scoring import score
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
 from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, start_model
+from r1fast.stages.journal import Journal
 from r1fast.stages.reward_model import PreferenceReward
+from r1fast.stages.steps import PolicyState, RandomState, Steps
 
 if TYPE_CHECKING:
     from r1fast.schema import GRPOStage, MixEntry
     from r1fast.stages.context import StageContext
+    from r1fast.stages.steps import Stateful
     from r1fast.types import Prompt, RolloutGroup
 
+ROLLOUTS = "rollouts"  # the journal, while the stage runs
 SAMPLED_LINES = 2  # training samples a logged step writes to samples.jsonl
 
 
@@ -76,6 +82,15 @@ class GRPOStageRun:
         if all(s.first_step > 0 for s in self.sources):
             raise UserError(f"stage {ctx.name!r}: no entry of its mix is active at the first step; give one start: 0")
         self.timer = PhaseTimer()
+        self.journal = Journal(ctx.directory / ROLLOUTS)
+        self.loop = Steps(ctx, stage.steps, self._state())
+
+    def _state(self) -> dict[str, Stateful]:
+        """All that the steps to come depend on."""
+        state = {"model": PolicyState(self.model), "learner": self.learner, "random": RandomState(self.random)}
+        if self.reference is not None:
+            state["reference"] = self.reference
+        return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.sources)}}
 
     def _preference(self) -> PreferenceReward | None:
         if self.stage.reward_model is None:
@@ -120,12 +135,19 @@ class GRPOStageRun:
         for source, number in zip(self.sources, counts, strict=True):
             prompts += source.stream.take(number)
             owner += [source] * number
+        known = self.journal.read(step, round_, prompts)
+        if known is not None:
+            return known
+        began = time.monotonic()
         seed = (self.ctx.seed * 1_000_003 + step * 101 + round_) % 2**62
         params = sampling_params(self.stage.sampling, self.stage.group_size, seed)
         with self.timer("sample"):
             groups = sample_texts(self.sampler, prompts, params, self.tokenizer)
         with self.timer("score"):
-            return self._score(groups, owner)
+            groups = self._score(groups, owner)
+        if time.monotonic() - began >= self.ctx.recipe.checkpoint.rollout_seconds:
+            self.journal.write(step, round_, groups)
+        return groups
 
     def _score(self, groups: list[RolloutGroup], owner: list[Source]) -> list[RolloutGroup]:
         scored: list[RolloutGroup | None] = [None] * len(groups)
@@ -244,16 +266,18 @@ def run(ctx: StageContext) -> StageOutcome:
     loop = GRPOStageRun(ctx)
     stage: GRPOStage = ctx.stage
     ctx.progress.stage(ctx.name, "grpo", stage.steps)
-    if stage.evaluate_every:
+    if stage.evaluate_every and not loop.loop.done:
         loop.curve(0)
-    for step in range(1, stage.steps + 1):
+    for step in loop.loop:
         drawn = loop.draw(step - 1)
         update = loop.learn(drawn.groups)
         loop.report(step, drawn, update)
         loop.refresh_reference(step)
         if stage.evaluate_every and step % stage.evaluate_every == 0:
             loop.curve(step)
+        loop.journal.forget(loop.loop.saved)
     save(loop.model, loop.tokenizer, ctx.directory / "checkpoint")
+    shutil.rmtree(loop.journal.directory, ignore_errors=True)
     return StageOutcome(
         stats={"steps": stage.steps, "rollouts_per_step": stage.prompts_per_step * stage.group_size},
         evaluation=evaluate_stage(ctx, loop.model, loop.tokenizer, stage.steps, loop.sampler),

@@ -16,6 +16,7 @@ from r1fast.learn.packing import Row, row_from_example
 from r1fast.model.tokenizer import apply_templates, decode, encode_completions, eos_token_ids, set_template
 from r1fast.model.weights import load
 from r1fast.rollout.sampler import Sampler, SamplingParams
+from r1fast.stages.steps import RandomState
 from r1fast.types import Example, Problem, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
@@ -106,6 +107,13 @@ class PromptStream:
         self._prompts = encode_problems(problems, tokenizer, ctx.recipe.model.max_length, sampling)
         self._random = Random(seed)
         self._order: list[int] = []
+
+    def state_dict(self) -> dict:
+        return {"random": RandomState(self._random).state_dict(), "order": list(self._order)}
+
+    def load_state_dict(self, state: dict) -> None:
+        RandomState(self._random).load_state_dict(state["random"])
+        self._order = list(state["order"])
 
     def take(self, count: int) -> list[Prompt]:
         taken: list[Prompt] = []

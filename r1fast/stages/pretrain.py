@@ -21,6 +21,7 @@ from r1fast.model.weights import save
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import evaluate_stage
 from r1fast.stages.inputs import example_stream
+from r1fast.stages.steps import Steps
 from r1fast.stages.supervised import SupervisedLog
 
 if TYPE_CHECKING:
@@ -76,14 +77,17 @@ def run(ctx: StageContext) -> StageOutcome:
     ctx.progress.stage(ctx.name, "pretrain", stage.steps)
     log = SupervisedLog(ctx, stage.steps, every=max(1, stage.steps // 150))
     timer = PhaseTimer()
-    for step in range(stage.steps):
+    loop = Steps(ctx, stage.steps, {"model": model, "learner": learner, "log": log})
+    for step in range(loop.done):  # a corpus is an endless generator: it can only be wound forward
+        next(easy if step < easy_steps else full)
+    for step in loop:
         with timer("data"):
-            rows = next(easy if step < easy_steps else full)
+            rows = next(easy if step <= easy_steps else full)
             weights = loss_weights(rows, "token")
             batch = pack(rows, weights, stage.batch_tokens, ctx.device)
         with timer("learn"):
             stats = learner.step(batch, cross_entropy_loss)
-        log.step(step + 1, stats, timer)
+        log.step(step, stats, timer)
     save(model, tokenizer, ctx.directory / "checkpoint")
     parameters = sum(p.numel() for p in model.parameters())
     return StageOutcome(

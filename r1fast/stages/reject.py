@@ -6,6 +6,7 @@ What is dropped, and why, is counted: a recipe that keeps nothing should say whi
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from r1fast.stages.inputs import (
     start_model,
     write_rows,
 )
+from r1fast.stages.steps import Steps
 from r1fast.types import Example
 
 if TYPE_CHECKING:
@@ -30,6 +32,22 @@ if TYPE_CHECKING:
     from r1fast.types import Rollout, RolloutGroup
 
 CHUNK = 256  # prompts sampled between two updates of the progress bar
+
+
+@dataclass(slots=True)
+class Found:
+    """What the chunks so far have given."""
+
+    rows: list[Example] = field(default_factory=list)
+    dropped: Counter = field(default_factory=Counter)
+    sampled: int = 0
+
+    def state_dict(self) -> dict:
+        return {"rows": [asdict(row) for row in self.rows], "dropped": dict(self.dropped), "sampled": self.sampled}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = [Example(**row) for row in state["rows"]]
+        self.dropped, self.sampled = Counter(state["dropped"]), state["sampled"]
 
 
 def why_dropped(rollout: Rollout, group: RolloutGroup, stage: RejectStage) -> str | None:
@@ -71,9 +89,11 @@ def run(ctx: StageContext) -> StageOutcome:
     problems = task.problems("train", stage.prompts, ctx.seed)
     prompts = encode_problems(problems, tokenizer, ctx.recipe.model.max_length, stage.sampling)
     ctx.progress.stage(ctx.name, "reject", len(prompts))
-    timer, dropped, rows, sampled = PhaseTimer(), Counter(), [], 0
+    timer, found = PhaseTimer(), Found()
+    loop = Steps(ctx, -(-len(prompts) // CHUNK), {"found": found})
     kinds = dict.fromkeys(["accuracy", "format", "language", *stage.require], 1.0)
-    for start in range(0, len(prompts), CHUNK):
+    for chunk in loop:
+        start = (chunk - 1) * CHUNK
         with timer("sample"):
             params = sampling_params(stage.sampling, stage.samples, ctx.seed + start)
             groups = sample_texts(sampler, prompts[start : start + CHUNK], params, tokenizer)
@@ -81,9 +101,9 @@ def run(ctx: StageContext) -> StageOutcome:
             groups = score(groups, kinds, task.verifier, pool=ctx.pool)
         tokens = 0
         for group in groups:
-            rows += keep(group, stage, dropped)
+            found.rows += keep(group, stage, found.dropped)
             tokens += sum(len(r.tokens) for r in group.rollouts)
-        sampled += sum(len(g.rollouts) for g in groups)
+        found.sampled += sum(len(g.rollouts) for g in groups)
         phases = timer.take()
         done = start + len(groups)
         ctx.log.event(
@@ -92,13 +112,14 @@ def run(ctx: StageContext) -> StageOutcome:
             kind="reject",
             step=done,
             steps=len(prompts),
-            kept=len(rows),
-            sampled=sampled,
+            kept=len(found.rows),
+            sampled=found.sampled,
             tokens=tokens,
             tokens_per_second=tokens / max(sum(phases.values()), 1e-9),
             phase_seconds=phases,
         )
-        ctx.progress.update(done, kept=len(rows) / sampled)
+        ctx.progress.update(done, kept=len(found.rows) / found.sampled)
+    rows, sampled, dropped = found.rows, found.sampled, found.dropped
     if len(rows) < stage.at_least:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
         raise UserError(

@@ -25,6 +25,7 @@ from r1fast.model.weights import load_reward_model, save_reward_model
 from r1fast.rewards.layout import tagged_answer
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.inputs import start_model
+from r1fast.stages.steps import Steps
 from r1fast.stages.supervised import SupervisedLog
 
 if TYPE_CHECKING:
@@ -100,16 +101,18 @@ def run(ctx: StageContext) -> StageOutcome:
     pairs = reading.pairs(task.preferences("train", stage.pairs, ctx.seed))
     held_out = reading.pairs(task.preferences("test", HELD_OUT, ctx.seed))
     steps = max(1, math.ceil(stage.epochs * len(pairs) / stage.batch_pairs))
-    how = {"steps": steps, "micro_batch_tokens": stage.micro_batch_tokens, "device": ctx.device, "seed": ctx.seed}
+    learner = Learner(model, stage.optimizer, steps)
+    ctx.progress.stage(ctx.name, "reward_model", steps)
+    log, timer = SupervisedLog(ctx, steps), PhaseTimer()
+    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log})
+    how = {"steps": steps, "first": loop.done, "seed": ctx.seed, "device": ctx.device}
+    how["micro_batch_tokens"] = stage.micro_batch_tokens
     if stage.objective == "pairwise":
         loss, batches = pairwise_loss, pairwise_steps(pairs, batch_pairs=stage.batch_pairs, **how)
     else:
         sides, labels = [side for pair in pairs for side in pair], [1.0, 0.0] * len(pairs)
         loss, batches = pointwise_loss, pointwise_steps(sides, labels, batch_responses=2 * stage.batch_pairs, **how)
-    learner = Learner(model, stage.optimizer, steps)
-    ctx.progress.stage(ctx.name, "reward_model", steps)
-    log, timer = SupervisedLog(ctx, steps), PhaseTimer()
-    for step, batch in enumerate(batches, 1):
+    for step, batch in zip(loop, batches, strict=True):
         with timer("learn"):
             stats, right = preference_step(learner, batch, loss)
         log.step(step, stats, timer, accuracy=right)

@@ -14,6 +14,7 @@ from r1fast.model.weights import save
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import evaluate_stage
 from r1fast.stages.inputs import collect_examples, encode_examples, start_model
+from r1fast.stages.steps import Steps
 from r1fast.stages.supervised import SupervisedLog
 
 if TYPE_CHECKING:
@@ -30,15 +31,17 @@ def run(ctx: StageContext) -> StageOutcome:
     learner = Learner(model, stage.optimizer, steps)
     ctx.progress.stage(ctx.name, stage.kind, steps)
     log, timer = SupervisedLog(ctx, steps, every=max(1, steps // 150)), PhaseTimer()
+    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log})
     batches = supervised_steps(
         rows,
+        first=loop.done,
         steps=steps,
         batch_examples=stage.batch_examples,
         micro_batch_tokens=stage.micro_batch_tokens,
         device=ctx.device,
         seed=ctx.seed,
     )
-    for step in range(1, steps + 1):
+    for step in loop:
         with timer("data"):
             batch = next(batches)
         with timer("learn"):

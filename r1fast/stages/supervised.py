@@ -20,6 +20,12 @@ class SupervisedLog:
         self._tokens = 0
         self.recent_loss = float("nan")
 
+    def state_dict(self) -> dict:
+        return {"losses": list(self._losses), "tokens": self._tokens, "recent_loss": self.recent_loss}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._losses, self._tokens, self.recent_loss = state["losses"], state["tokens"], state["recent_loss"]
+
     def step(self, step: int, stats: StepStats, timer: PhaseTimer, **more: float) -> None:
         self._losses.append(stats.loss)
         self._tokens += stats.tokens

@@ -1,0 +1,147 @@
+"""The steps of a stage, so that a run killed at any moment goes on as if it had not been.
+
+    for step in Steps(ctx, total, {"model": model, "learner": learner, "random": random, ...}):
+        ...  # one step
+
+Everything that a later step depends on is named in `state`. A snapshot of it is taken after the last step, after every
+`checkpoint.steps` steps or `checkpoint.minutes` minutes, and when the run is asked to stop; it also says how many lines
+of the log belong to the steps so far, and the lines that follow are dropped on resume. A resumed stage begins after
+its newest whole snapshot, with the same bits: what the steps in between did is done again, and only that.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from r1fast import snapshot
+from r1fast.config import UserError
+from r1fast.stop import Stopped
+
+if TYPE_CHECKING:
+    from r1fast.model.decoder import Decoder
+    from r1fast.stages.context import StageContext
+
+STATE = "state.pt"
+
+
+class Stateful(Protocol):
+    """What goes into a snapshot: plain values and tensors in dicts, lists and tuples, read back with weights_only."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class PolicyState:
+    """A model that is sampled from: its weights and their version, which rollouts on disk are compared with."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self._model.state_dict(), "version": self._model.weights_version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._model.load_state_dict(state["weights"])
+        self._model.weights_version = state["version"]
+
+
+class RandomState:
+    """A `random.Random` as a Stateful."""
+
+    def __init__(self, source: random.Random) -> None:
+        self._source = source
+
+    def state_dict(self) -> dict[str, Any]:
+        version, words, gauss = self._source.getstate()
+        return {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._source.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
+
+
+class GlobalRandomness:
+    """The generators that libraries share: Python's, numpy's, torch's of the CPU and of every GPU."""
+
+    def state_dict(self) -> dict[str, Any]:
+        name, words, *rest = np.random.get_state()
+        return {
+            "python": RandomState(random._inst).state_dict(),
+            "numpy": [name, torch.from_numpy(words.astype(np.int64)), *rest],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        RandomState(random._inst).load_state_dict(state["python"])
+        name, words, *rest = state["numpy"]
+        np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Steps:
+    """Iterates over the numbers of the steps still to be done, from `done + 1` to `total`; see the module.
+
+    `done` is known after the constructor, which has then restored `state`: what is not in it (an iterator over data)
+    is wound forward by the stage itself. `saved` is the step of the newest snapshot.
+    """
+
+    def __init__(self, ctx: StageContext, total: int, state: Mapping[str, Stateful]) -> None:
+        self._ctx, self.total = ctx, total
+        self._state = {**state, "globals": GlobalRandomness()}
+        self._config = ctx.recipe.checkpoint
+        self.done = 0
+        if ctx.resume is not None:
+            self._restore(ctx.resume)
+        self.saved, self._saved_at = self.done, time.monotonic()
+
+    def __iter__(self) -> Iterator[int]:
+        stop = self._ctx.stop
+        for step in range(self.done + 1, self.total + 1):
+            with stop.step():
+                yield step
+                self.done = step
+                if stop.requested or self._due():
+                    self.save()
+            if stop.requested:
+                raise Stopped
+
+    def _due(self) -> bool:
+        if self.done == self.total:  # what follows (an evaluation) may take long
+            return True
+        if self._config.steps and self.done - self.saved >= self._config.steps:
+            return True
+        return bool(self._config.minutes) and time.monotonic() - self._saved_at >= 60 * self._config.minutes
+
+    def save(self) -> None:
+        """A snapshot of the state as it is now."""
+        ctx = self._ctx
+        ctx.log.sync()
+        state = {name: part.state_dict() for name, part in self._state.items()}
+        notes = {**ctx.snapshot_key, "stage": ctx.name, "lines": ctx.log.lines(ctx.name), "seconds": ctx.seconds()}
+
+        def write(file: Path) -> None:
+            torch.save(state, file)
+
+        snapshot.write(ctx.snapshots, self.done, {STATE: write}, notes, self._config.keep)
+        self.saved, self._saved_at = self.done, time.monotonic()
+
+    def _restore(self, found: snapshot.Snapshot) -> None:
+        state = torch.load(found.file(STATE), map_location="cpu", weights_only=True)
+        if state.keys() != self._state.keys():
+            raise UserError(
+                f"{found.path} holds the state of {', '.join(sorted(state))}, this stage has "
+                f"{', '.join(sorted(self._state))}: it was written by another version; --fresh starts again"
+            )
+        for name, part in self._state.items():
+            part.load_state_dict(state[name])
+        self.done = found.step
