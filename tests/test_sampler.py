@@ -6,16 +6,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import LAYOUTS, VOCAB, make
 
 from r1fast.config import UserError
-from r1fast.model.decoder import Decoder, DecoderConfig
+from r1fast.model.decoder import Decoder, DecoderConfig, PagedStep
 from r1fast.model.weights import load
+from r1fast.rollout.batch import Drawn
+from r1fast.rollout.engine import StepEngine
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.types import Prompt
-from r1fast_kernels import use_backend
+from r1fast_kernels import sample_token, use_backend
 
 VOCABULARY = 53
 
@@ -42,7 +45,9 @@ def tokens_of(groups):
 def assert_logprobs_close(groups, others, atol=1e-5):
     for group, other in zip(groups, others, strict=True):
         for a, b in zip(group.rollouts, other.rollouts, strict=True):
-            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=atol)
+            for name in ("logprobs", "logprobs_full"):
+                a_values, b_values = (torch.tensor(getattr(rollout, name)) for rollout in (a, b))
+                torch.testing.assert_close(a_values, b_values, rtol=0, atol=atol)
 
 
 def dense_logits(model, prompt, tokens):
@@ -149,6 +154,9 @@ def test_draws_follow_the_exact_distribution(model, settings):
         assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 8  # about one in 10^5 for a right sampler
         logprobs = torch.tensor([rollout.logprobs[step] for rollout in rollouts]).double()
         torch.testing.assert_close(logprobs, exact[drawn].log(), rtol=0, atol=1e-4)
+        full = torch.tensor([rollout.logprobs_full[step] for rollout in rollouts]).double()
+        untruncated = torch.log_softmax(logits[step].double() / params.temperature, -1)
+        torch.testing.assert_close(full, untruncated[drawn], rtol=0, atol=1e-4)
 
 
 def exact_distribution(logits, params):
@@ -258,6 +266,59 @@ def test_soak_of_random_requests_ends_with_every_block_free(model):
         preempted += sampler.preemptions
         assert_pool_empty(sampler)
     assert preempted > 0
+
+
+class LookAhead(StepEngine):
+    """Up to five tokens a row before the sampler looks; rows end in between, at stop tokens and limits."""
+
+    ahead = 5
+
+    @torch.inference_mode()
+    def decode(self, ahead):
+        batch, seen = self._batch, []
+        view, rows = batch._view, np.arange(batch.size)
+        alive, token, counts = np.ones(batch.size, bool), view["token"].copy(), np.zeros(batch.size, np.int64)
+        for _ in range(ahead):
+            place = view["length"] + counts
+            slots = batch._table[rows, np.minimum(place // batch.block_size, batch.width - 1)].astype(np.int64)
+            slots = slots * batch.block_size + place % batch.block_size
+            # a row that has ended goes on without leaving a trace: it draws its last token again
+            step = PagedStep(
+                *map(torch.from_numpy, (token, place, slots)), batch._step_table, torch.from_numpy(place + 1).int()
+            )
+            some = torch.from_numpy(alive.nonzero()[0])
+            step = replace(step, **{n: getattr(step, n)[some] for n in step.__slots__ if n != "cu_seqlens_q"})
+            logits = self.model.logits(self.model.forward_paged(step, self._kv))
+            seed, key, _, *rest = (x[some] for x in batch.noise(0))
+            drawn = [x.numpy() for x in sample_token(logits, seed, key, step.positions + 1, *rest)]
+            column = [np.zeros(batch.size, x.dtype) for x in drawn]
+            for whole, part in zip(column, drawn, strict=True):
+                whole[alive] = part
+            seen.append(column)
+            token, counts = np.where(alive, column[0], token), counts + alive
+            alive = alive & ~batch.stops[view["stop_set"], token] & (view["drawn"] + counts < view["limit"])
+            if not alive.any():
+                break
+        batch.advance(counts)
+        return Drawn(*(np.stack(columns, 1) for columns in zip(*seen, strict=True)), counts)
+
+
+@pytest.mark.parametrize("kv_blocks", [None, 40])
+def test_an_engine_that_draws_several_tokens_a_step_changes_nothing(model, kv_blocks):
+    prompts = make_prompts(12, seed=4, longest=20)
+    params = [SamplingParams(n=3, max_tokens=20 + i, seed=1, top_k=i % 3 * 9) for i in range(12)]
+    plain = Sampler(model, eos_token_id=[4, 6], block_size=4, max_seqs=20)
+    expected = plain.sample(prompts, params)
+    ahead = Sampler(model, eos_token_id=[4, 6], block_size=4, max_seqs=20, kv_blocks=kv_blocks)
+    ahead.engine = LookAhead(model)
+    groups = ahead.sample(prompts, params)
+    assert (ahead.preemptions > 0) == (kv_blocks is not None)
+    assert tokens_of(groups) == tokens_of(expected)
+    assert {rollout.finish for group in groups for rollout in group.rollouts} == {"stop", "length"}
+    for a, b in zip(groups, expected, strict=True):
+        assert [r.finish for r in a.rollouts] == [r.finish for r in b.rollouts]
+    assert_logprobs_close(groups, expected)
+    assert_pool_empty(ahead)
 
 
 # -- what the calls promise -------------------------------------------------------------------------------------------

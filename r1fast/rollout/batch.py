@@ -9,6 +9,7 @@ step copies these few kilobytes over.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,18 @@ _INT32 = ("context", "top_k")  # context: length + 1, what the attention of the 
 _FLOAT32 = ("temperature", "top_p")
 
 
+class Drawn(NamedTuple):
+    """What a step drew for the rows of the batch from some row on: of row i the first `counts[i]` of K columns.
+
+    The other columns hold anything that is finite: a log-probability that is not says that the model is broken.
+    """
+
+    tokens: NDArray[np.int64]  # [rows, K]
+    logprobs: NDArray[np.float32]  # [rows, K], nats, of the distribution each was drawn from
+    logprobs_full: NDArray[np.float32]  # [rows, K], of the untruncated one at the same temperature
+    counts: NDArray[np.int64]  # [rows], from 1 to K
+
+
 class RunningBatch:
     """Room for `rows` sequences of at most `width` blocks that draw at most `longest` tokens each."""
 
@@ -52,6 +65,8 @@ class RunningBatch:
         self._table_tensor = torch.from_numpy(self._table)
         self._tokens = np.empty((rows, longest), np.int64)
         self._logprobs = np.empty((rows, longest), np.float32)
+        self._logprobs_full = np.empty((rows, longest), np.float32)
+        self.changes = 0  # of rows and tables, all calls together; `advance` and `record` are not counted
         self.begin({}, np.zeros((1, 1), bool), torch.device("cpu"))
 
     def begin(self, draws: Mapping[str, NDArray], stops: NDArray[np.bool_], device: torch.device) -> None:
@@ -71,6 +86,7 @@ class RunningBatch:
 
     def _resized(self) -> None:
         """New views of the rows in use, once for all the steps until the next sequence comes or goes."""
+        self.changes += 1
         size = len(self.sequences)
         self._view = {name: array[:size] for name, array in self._arrays.items()}
         self._tensor = {name: tensor[:size] for name, tensor in self._tensors.items()}
@@ -107,13 +123,15 @@ class RunningBatch:
             if sequence.tokens:  # it was preempted
                 self._tokens[place, : len(sequence.tokens)] = sequence.tokens
                 self._logprobs[place, : len(sequence.tokens)] = sequence.logprobs
+                self._logprobs_full[place, : len(sequence.tokens)] = sequence.logprobs_full
         self.sequences += sequences
         self._resized()
 
-    def output(self, row: int) -> tuple[list[int], list[float]]:
-        """Tokens and log-probabilities that the row has drawn."""
+    def output(self, row: int) -> tuple[list[int], list[float], list[float]]:
+        """Tokens that the row has drawn, their log-probabilities, and the untruncated ones."""
         place, drawn = self._arrays["store"][row], self._arrays["drawn"][row]
-        return self._tokens[place, :drawn].tolist(), self._logprobs[place, :drawn].tolist()
+        stores = (self._tokens, self._logprobs, self._logprobs_full)
+        return tuple(store[place, :drawn].tolist() for store in stores)
 
     def remove(self, rows: Sequence[int]) -> None:
         """Take rows out and pack the others, in their order."""
@@ -129,10 +147,13 @@ class RunningBatch:
 
     # -- one step of decoding ------------------------------------------------------------------------------------
 
-    def full(self) -> list[int]:
-        """Rows without room for their next token."""
+    def full(self, ahead: int = 1) -> list[int]:
+        """Rows without room for the keys and values of their next `ahead` tokens, or as many as they may still draw."""
         view = self._view
-        return (view["length"] == view["capacity"]).nonzero()[0].tolist()
+        room = view["capacity"] - view["length"]
+        if ahead == 1:
+            return (room == 0).nonzero()[0].tolist()
+        return (room < np.minimum(ahead, view["limit"] - view["drawn"])).nonzero()[0].tolist()
 
     def extend(self, rows: Sequence[int]) -> None:
         """Take over the new last block of these rows' sequences."""
@@ -141,8 +162,10 @@ class RunningBatch:
         rows = np.array(rows, np.int64)  # may be none: all that were full are preempted
         held = capacity[rows]
         self._table[rows, held // block] = blocks
-        self._arrays["slot"][rows] = blocks * block
+        full = self._arrays["length"][rows] == held  # else the block is for tokens further ahead
+        self._arrays["slot"][rows[full]] = blocks[full] * block
         capacity[rows] = held + block
+        self.changes += 1
         self._narrow()
 
     def step(self) -> PagedStep:
@@ -151,11 +174,20 @@ class RunningBatch:
         inputs = (tensor["token"], tensor["length"], tensor["slot"], self._step_table, tensor["context"])
         return PagedStep(*self._on_device(inputs))
 
-    def advance(self) -> None:
-        """The step's keys and values are in the cache."""
+    def advance(self, counts: NDArray[np.int64] | None = None) -> None:
+        """The keys and values of the step's tokens are in the cache: `counts` [size] of each row, None for one each."""
         int64, int32, _ = self._packed
-        int64[:2, : self.size] += 1  # length and slot
-        int32[:1, : self.size] += 1  # context
+        size = self.size
+        if counts is None:
+            int64[:2, :size] += 1  # length and slot
+            int32[:1, :size] += 1  # context
+            return
+        view, block = self._view, self.block_size
+        length = view["length"]
+        length += counts
+        view["context"][:] = length + 1
+        column = np.minimum(length // block, self.width - 1)  # one past the table where the row is full: see `extend`
+        view["slot"][:] = self._table[np.arange(size), column].astype(np.int64) * block + length % block
 
     def noise(self, first: int) -> Iterator[torch.Tensor]:
         """seed, sequence, position, temperature, top_k, top_p of the rows from `first` on, for `sample_token`."""
@@ -163,16 +195,27 @@ class RunningBatch:
         names = ("seed", "key", "length", "temperature", "top_k", "top_p")
         return self._on_device(tensor[name][first:] if first else tensor[name] for name in names)
 
-    def record(self, first: int, tokens: NDArray[np.int64], logprobs: NDArray[np.float32]) -> list[int]:
+    def record(self, first: int, drawn: Drawn) -> list[int]:
         """Store what the rows from `first` on have drawn; returns those rows that are finished by it."""
         view = self._view if not first else {name: array[first:] for name, array in self._view.items()}
-        store, drawn = view["store"], view["drawn"]
-        self._tokens[store, drawn] = tokens
-        self._logprobs[store, drawn] = logprobs
+        store, count = view["store"], view["drawn"]
+        if drawn.tokens.shape[1] == 1:
+            tokens = drawn.tokens[:, 0]
+            self._tokens[store, count] = tokens
+            self._logprobs[store, count] = drawn.logprobs[:, 0]
+            self._logprobs_full[store, count] = drawn.logprobs_full[:, 0]
+            count += 1
+        else:
+            row, column = (np.arange(drawn.tokens.shape[1]) < drawn.counts[:, None]).nonzero()
+            place = store[row], count[row] + column
+            self._tokens[place] = drawn.tokens[row, column]
+            self._logprobs[place] = drawn.logprobs[row, column]
+            self._logprobs_full[place] = drawn.logprobs_full[row, column]
+            tokens = drawn.tokens[np.arange(len(drawn.tokens)), drawn.counts - 1]
+            count += drawn.counts
         view["token"][:] = tokens
-        drawn += 1
         stopped = self.stops[view["stop_set"], tokens] if len(self.stops) > 1 else self.stops[0][tokens]
-        return ((stopped | (drawn == view["limit"])).nonzero()[0] + first).tolist()
+        return ((stopped | (count == view["limit"])).nonzero()[0] + first).tolist()
 
     def stopped(self, row: int) -> bool:
         """Whether the last token drawn by the row is one of its stop tokens."""

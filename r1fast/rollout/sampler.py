@@ -29,11 +29,11 @@ from r1fast.config import UserError
 from r1fast.heap import keep_freed_memory
 from r1fast.model.decoder import Decoder
 from r1fast.model.paged import PagedKV, PagedStep
-from r1fast.rollout.batch import RunningBatch
+from r1fast.rollout.batch import Drawn, RunningBatch
+from r1fast.rollout.engine import Engine, PrefillWork, StepEngine
 from r1fast.rollout.kv_cache import BlockPool
 from r1fast.rollout.scheduler import Chunk, Request, Scheduler
 from r1fast.types import Prompt, Rollout, RolloutGroup
-from r1fast_kernels import sample_token
 
 _DRAWS = ("limit", "stop_set", "seed", "key", "temperature", "top_k", "top_p")  # what a prompt tells its rows
 _SAMPLE_BITS = 20  # of the 63-bit sequence key; the rest names the prompt
@@ -101,6 +101,7 @@ class Sampler:
         self.max_seqs, self.block_size, self.prefill_tokens = max_seqs, block_size, prefill_tokens
         self.kv_blocks = kv_blocks
         self.preemptions = 0  # in the last call
+        self.engine: Engine = StepEngine(model)
         self._pool: BlockPool | None = None
         self._kv: PagedKV | None = None
         self._batch: RunningBatch | None = None
@@ -191,6 +192,7 @@ class Sampler:
             pool = self._make_room(call.requests)
             draws = {name: np.array(column) for name, *column in zip(_DRAWS, *call.draws, strict=True)}
             self._batch.begin(draws, call.stops(self.model.config.vocab_size), self.model.device)
+            self.engine.begin(self._kv, self._batch)
             scheduler = call.scheduler = Scheduler(pool, self.max_seqs, self.prefill_tokens)
             call.weights_version = self.model.weights_version
             for request in call.requests:
@@ -212,26 +214,24 @@ class Sampler:
         finally:
             self._busy = False
 
-    @torch.inference_mode()
     def _prefill(self, call: _Call, chunks: list[Chunk]) -> list[int]:
         """Forward the chunks end to end; the prompts that they complete launch and draw their first tokens."""
-        hidden = self.model.forward_paged(self._prefill_step(chunks), self._kv)
         batch, first, row = self._batch, self._batch.size, -1
-        rows, copies = [], []
+        launched, rows, copies = [], [], []
         for chunk in chunks:
             call.scheduler.computed(chunk)
             row += chunk.stop - chunk.start
             if chunk.last:
-                copies += call.scheduler.launch(chunk.prefill)
-                rows.append((row, len(chunk.prefill.sequences)))
-        if not rows:
-            return []
-        if copies:
-            self._kv.copy_blocks(*torch.tensor(copies, device=hidden.device).unbind(1))
-        batch.append([chunk.prefill for chunk in chunks if chunk.last])
-        last, counts = torch.tensor(rows, device=hidden.device).unbind(1)
-        logits = self.model.logits(hidden[last])
-        return self._draw(call, logits.repeat_interleave(counts, 0, output_size=batch.size - first), first)
+                launched.append(chunk.prefill)
+                rows.append(row)
+        step = self._prefill_step(chunks)  # before the launch, which moves tables on
+        for prefill in launched:
+            copies += call.scheduler.launch(prefill)
+        if launched:
+            batch.append(launched)
+        counts = [len(prefill.sequences) for prefill in launched]
+        drawn = self.engine.prefill(PrefillWork(step, first, rows, counts, copies))
+        return [] if drawn is None else self._record(call, drawn, first)
 
     def _prefill_step(self, chunks: list[Chunk]) -> PagedStep:
         size = self.block_size
@@ -250,18 +250,14 @@ class Sampler:
         )  # fmt: skip
         return PagedStep(*(torch.from_numpy(array).to(self.model.device) for array in arrays))
 
-    @torch.inference_mode()
     def _decode(self, call: _Call) -> list[int]:
-        """One token of every running sequence."""
-        batch = self._batch
-        full = batch.full()
-        if full:
+        """The next tokens of every running sequence."""
+        batch, ahead = self._batch, self.engine.ahead
+        if ahead > 1 and len(batch.full(ahead)) * -(-ahead // self.block_size) > call.scheduler.available:
+            ahead = 1  # looking ahead is not worth a preemption
+        while full := batch.full(ahead):
             self._grow(call, full)
-        if not batch.size:
-            return []
-        hidden = self.model.forward_paged(batch.step(), self._kv)
-        batch.advance()
-        return self._draw(call, self.model.logits(hidden), 0)
+        return self._record(call, self.engine.decode(ahead), 0) if batch.size else []
 
     def _grow(self, call: _Call, full: list[int]) -> None:
         """A new block for each full row; the rows preempted for it leave, with what they have drawn."""
@@ -271,19 +267,19 @@ class Sampler:
         if preempted:
             rows = [row for row, sequence in enumerate(batch.sequences) if not sequence.table]
             for row in rows:
-                batch.sequences[row].tokens, batch.sequences[row].logprobs = batch.output(row)
+                sequence = batch.sequences[row]
+                sequence.tokens, sequence.logprobs, sequence.logprobs_full = batch.output(row)
             batch.remove(rows)
 
-    def _draw(self, call: _Call, logits: torch.Tensor, first: int) -> list[int]:
-        """The next token of the rows from `first` on; the prompts that are finished by it."""
+    def _record(self, call: _Call, drawn: Drawn, first: int) -> list[int]:
+        """Keep what the rows from `first` on have drawn; the prompts that are finished by it."""
         batch = self._batch
-        drawn = sample_token(logits, *batch.noise(first))
-        tokens, logprobs = drawn.token.cpu().numpy(), drawn.logprob.cpu().numpy()
-        if not np.isfinite(logprobs).all():
+        if not np.isfinite(drawn.logprobs).all():
             # What is not a number would outlive its block: under a mask it is multiplied by zero, and stays.
+            self.engine.release()
             self._kv = self._pool = None
             raise RuntimeError("the model's logits are not finite; its weights are broken, or training has diverged")
-        rows = batch.record(first, tokens, logprobs)
+        rows = batch.record(first, drawn)
         if not rows:
             return []
         groups = []
@@ -291,7 +287,8 @@ class Sampler:
             sequence = batch.sequences[row]
             index = sequence.request.index
             finish = "stop" if batch.stopped(row) else "length"
-            call.rollouts[index][sequence.sample] = Rollout(*batch.output(row), finish)
+            tokens, logprobs, full = batch.output(row)
+            call.rollouts[index][sequence.sample] = Rollout(tokens, logprobs, finish, full)
             if call.scheduler.finish(sequence):
                 groups.append(index)
         batch.remove(rows)

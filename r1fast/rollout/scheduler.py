@@ -38,6 +38,7 @@ class Sequence:
     table: list[int] = field(default_factory=list)  # blocks; empty while it waits
     tokens: list[int] = field(default_factory=list)  # drawn before the last preemption
     logprobs: list[float] = field(default_factory=list)
+    logprobs_full: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -208,7 +209,7 @@ class Scheduler:
     def grow(self, sequences: list[Sequence]) -> list[Sequence]:
         """One more block at the end of each table; returns those preempted for it (they may be among `sequences`).
 
-        The caller must store what a preempted sequence has drawn in its `tokens` and `logprobs` before `plan`.
+        The caller must store what a preempted sequence has drawn in its lists before `plan`.
         """
         preempted = []
         for sequence in sequences:

@@ -1,0 +1,100 @@
+"""The part of the sampler that turns a batch into drawn tokens: one object, replaceable.
+
+Who decodes when, in which blocks, and what becomes of a token is decided above it (sampler.py, scheduler.py). An engine
+is asked for two things only, and may compute them as it likes: under CUDA graphs, several tokens a row before the host
+looks, with drafts that it verifies. What it must keep: the draws. The token at position p of a sequence is drawn with
+the noise of (the row's seed, its key, p) from the logits of position p - 1, so that engines, batches and step sizes all
+give the same tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r1fast.model.decoder import Decoder
+from r1fast.model.paged import PagedKV, PagedStep
+from r1fast.rollout.batch import Drawn, RunningBatch
+from r1fast_kernels import sample_token
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWork:
+    """Stretches of prompts to be forwarded together, and the rows that begin to run behind them.
+
+    The sequences that launch are in the batch already, from row `first` on and in order: `counts[i]` of them go on from
+    row `last_rows[i]` of the step's hidden states. `copies` are made after the step has written its keys and values.
+    """
+
+    step: PagedStep
+    first: int  # row of the batch
+    last_rows: list[int]  # none when no prompt is completed by this step
+    counts: list[int]  # samples behind each of `last_rows`
+    copies: list[tuple[int, int]]  # (source, destination) blocks
+
+
+class Engine(Protocol):
+    """One sampler's way of computing steps. All of its calls come from one thread, one at a time."""
+
+    ahead: int
+    """Most tokens that the next `decode` wants to draw for a row; read before each decode. The sampler makes room for
+    their keys and values, or asks for fewer where blocks are short."""
+
+    def begin(self, kv: PagedKV, batch: RunningBatch) -> None:
+        """Work on this cache and this batch from now on; both may be those of before. `batch.changes` counts every
+        change of its rows and tables made from outside, for engines that keep a copy of them on a device."""
+
+    def prefill(self, work: PrefillWork) -> Drawn | None:
+        """Forward `work.step`, copy blocks, draw the first token of the rows from `work.first` on; None without any."""
+
+    def decode(self, ahead: int) -> Drawn:
+        """One to `ahead` tokens of every row of the batch. A row ends at its first stop token and at its limit.
+
+        Keys and values of all but the last token of each row are in the cache afterwards, and `batch.advance` has been
+        told. The batch's `token`, `drawn` and store are as before: `batch.record` of the result is the sampler's.
+        """
+
+    def release(self) -> None:
+        """Give up what the engine holds on the device besides the model: its graphs and buffers, the cache."""
+
+
+class StepEngine:
+    """One forward pass a step on any device, one token a row."""
+
+    ahead = 1
+
+    def __init__(self, model: Decoder):
+        self.model = model
+
+    def begin(self, kv: PagedKV, batch: RunningBatch) -> None:
+        self._kv, self._batch = kv, batch
+
+    def release(self) -> None:
+        self._kv = self._batch = None
+
+    @torch.inference_mode()
+    def prefill(self, work: PrefillWork) -> Drawn | None:
+        hidden = self.model.forward_paged(work.step, self._kv)
+        if not work.last_rows:
+            return None
+        if work.copies:
+            self._kv.copy_blocks(*torch.tensor(work.copies, device=hidden.device).unbind(1))
+        last, counts = torch.tensor([work.last_rows, work.counts], device=hidden.device)
+        logits = self.model.logits(hidden[last])
+        rows = self._batch.size - work.first
+        return self._draw(logits.repeat_interleave(counts, 0, output_size=rows), work.first)
+
+    @torch.inference_mode()
+    def decode(self, ahead: int) -> Drawn:
+        hidden = self.model.forward_paged(self._batch.step(), self._kv)
+        self._batch.advance()
+        return self._draw(self.model.logits(hidden), 0)
+
+    def _draw(self, logits: Tensor, first: int) -> Drawn:
+        drawn = sample_token(logits, *self._batch.noise(first))
+        token, logprob, full = (x.cpu().numpy()[:, None] for x in drawn)
+        return Drawn(token, logprob, full, np.ones(len(token), np.int64))
