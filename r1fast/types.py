@@ -50,12 +50,12 @@ class Rollout:
     tokens: list[int]  # prompt not included; the stop token is included where finish == "stop"
     logprobs: list[float]  # nats; of the distribution each token was drawn from (temperature and truncation applied)
     finish: Finish
-    logprobs_full: list[float] | None = None  # the same before top-k, top-p and min_tokens: the learner's at that
-    # temperature (1 where it is 0), whatever was truncated; None where the rollout comes from no sampler
     text: str = ""  # decoded completion, special tokens dropped; filled by whoever holds the tokenizer
     rewards: Mapping[str, float] = field(default_factory=dict)  # by kind, before weights
     reward: float = 0.0  # the weighted sum, what the advantage is computed from
     errors: Mapping[str, str] = field(default_factory=dict)  # kind -> why its verifier failed; never scored as a zero
+    logprobs_full: list[float] | None = None  # the same before top-k, top-p and min_tokens: the learner's at that
+    # temperature (1 where it is 0), whatever was truncated; None where the rollout comes from no sampler
 
 
 @dataclass(frozen=True, slots=True)

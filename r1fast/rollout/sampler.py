@@ -288,7 +288,7 @@ class Sampler:
             index = sequence.request.index
             finish = "stop" if batch.stopped(row) else "length"
             tokens, logprobs, full = batch.output(row)
-            call.rollouts[index][sequence.sample] = Rollout(tokens, logprobs, finish, full)
+            call.rollouts[index][sequence.sample] = Rollout(tokens, logprobs, finish, logprobs_full=full)
             if call.scheduler.finish(sequence):
                 groups.append(index)
         batch.remove(rows)
