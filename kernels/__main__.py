@@ -6,25 +6,30 @@ import sys
 import torch
 
 from r1fast_kernels import load_ops, native
-from r1fast_kernels.op import AUTOMATIC, BACKENDS, VARIABLE
+from r1fast_kernels.op import AUTOMATIC, BACKENDS, LIBRARIES, VARIABLE, Op
 from r1fast_kernels.triton_support import triton
+
+OURS = tuple(name for name in BACKENDS if name not in LIBRARIES)
 
 
 def table() -> tuple[list[list[str]], list[str]]:
-    """Rows of (op, mark per backend, automatic choice), and the reasons for absence that the marks number."""
+    """Rows of (op, mark per backend, libraries, automatic choice), and the reasons for absence that marks number."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, reasons = [], []
+
+    def mark(op: Op, name: str) -> str:
+        reason = op.reason(name)
+        if reason is None:
+            return "yes"
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"({reasons.index(reason) + 1})"
+
     for op in load_ops().values():
-        row = [op.name]
-        for name in BACKENDS:
-            reason = op.reason(name) if name in op.backends else None
-            if reason is not None and reason not in reasons:
-                reasons.append(reason)
-            row.append(
-                "-" if name not in op.backends else "yes" if reason is None else f"({reasons.index(reason) + 1})"
-            )
+        own = [mark(op, name) if name in op.backends else "-" for name in OURS]
+        libraries = [f"{name} {mark(op, name)}" for name in LIBRARIES if name in op.backends]
         usable = (name for name in AUTOMATIC[device] if name in op.backends and op.reason(name) is None)
-        rows.append([*row, next(usable)])
+        rows.append([op.name, *own, ", ".join(libraries) or "-", next(usable)])
     return rows, reasons
 
 
@@ -38,7 +43,7 @@ def versions() -> str:
 
 def main() -> int:
     rows, reasons = table()
-    rows.insert(0, ["op", *BACKENDS, "automatic"])
+    rows.insert(0, ["op", *OURS, "of libraries", "automatic"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(versions())
     print()

@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+LIBRARIES = ("flash", "cudnn", "torch")  # kernels of others: the flash-attn package, cuDNN's, torch's own
+BACKENDS = ("reference", "cpu", "cuda", "triton", *LIBRARIES)
 VARIABLE = "R1FAST_BACKEND"
-# What automatic tries, first to last. Triton's interpreter runs on CPU tensors but is only ever asked for by name.
-AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# Where the tensors of a native backend live. (Tests compile the CUDA kernels for the CPU and change its entry.)
-LIVES_ON = {"cpu": "cpu", "cuda": "cuda"}
+# What automatic tries, first to last. Triton's interpreter runs on CPU tensors but is only ever asked for by name; so
+# is cuDNN, whose backward does not give the same bits twice.
+AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "flash", "torch", "triton", "reference")}
+# Where the tensors of a backend live. (Tests compile the CUDA kernels for the CPU and change its entry.)
+LIVES_ON = {"cpu": "cpu", "cuda": "cuda", **dict.fromkeys(LIBRARIES, "cuda")}
 
 log = logging.getLogger("r1fast_kernels")
 _requested: ContextVar[str | None] = ContextVar("r1fast_backend", default=None)
@@ -58,6 +60,7 @@ class Backend:
     forward: Callable
     backward: Callable | None = None
     inference: Callable | None = None  # forward where no gradient is needed and that saves work -> result
+    deterministic: bool = True  # its gradient has the same bits on a second run
     unavailable: Callable[[], str | None] = _always  # -> the reason it cannot run here, or None
     supports: Callable[..., str | None] = _always  # (*args) -> the reason it cannot take these arguments, or None
 

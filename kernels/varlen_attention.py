@@ -3,6 +3,7 @@
     out[t, h] = sum_{u <= t, same sequence} softmax_u(scale * q[t, h] . k[u, g(h)]) v[u, g(h)],   g(h) = h // (Hq / Hkv)
 
 Sequences lie end to end; `cu_seqlens` says where each begins (Dao 2023, the varlen form; GQA: Ainslie et al. 2023).
+The kernels of libraries, which serve on a GPU, are bound in varlen_attention_library.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1fast_kernels import native
+from r1fast_kernels import varlen_attention_library as library
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 
 
@@ -38,10 +40,18 @@ def check(q, k, v, cu_seqlens, max_seqlen, scale) -> None:
         raise ValueError("varlen_attention: q, k, v and cu_seqlens must live on one device")
 
 
-# Score elements (heads * length^2) that padding may waste before a bucket is closed; a bucket more costs about 0.3 ms
-# of dispatch. Measured forward and backward on one Zen 5 core, 4 + 2 heads of 16: 256 tokens of 8 sequences want one
-# bucket (0.5 ms; three: 0.8), 15k tokens in sequences of 20 to 80 want five or six (38 ms; one: 51, twenty: 46).
-BUCKET_WASTE = 100_000
+class Padding(NamedTuple):
+    """How sequences are put into buckets."""
+
+    waste: int  # score elements (heads * length^2) that padding may waste before a bucket is closed
+    multiple: int  # widths of buckets are rounded up to one of it
+
+
+# A bucket more costs a CPU about 0.3 ms of dispatch. Measured forward and backward on one Zen 5 core, 4 + 2 heads of
+# 16: 256 tokens of 8 sequences want one bucket (0.5 ms; three: 0.8), 15k tokens in sequences of 20 to 80 want five or
+# six (38 ms; one: 51, twenty: 46). A GPU makes 10^3 times as many scores in that time (not measured), and its libraries
+# plan anew for every width.
+PADDING = {"cpu": Padding(100_000, 1), "cuda": Padding(30_000_000, 128)}
 
 
 class Plan(NamedTuple):
@@ -53,7 +63,7 @@ class Plan(NamedTuple):
     longest: int
 
 
-def plan(cu_seqlens: Tensor, rows: int, heads: int) -> Plan:
+def plan(cu_seqlens: Tensor, rows: int, heads: int, padding: Padding) -> Plan:
     """Sort sequences by length and close a bucket when its padding wastes more than one bucket costs."""
     ends = cu_seqlens.long()
     lengths, order = (ends[1:] - ends[:-1]).sort(descending=True, stable=True)
@@ -64,15 +74,16 @@ def plan(cu_seqlens: Tensor, rows: int, heads: int) -> Plan:
     edges, waste = [0], 0
     for i, n in enumerate(listed):
         waste += heads * (listed[edges[-1]] ** 2 - n**2)
-        if waste > BUCKET_WASTE:
+        if waste > padding.waste:
             edges.append(i)
             waste = 0
     edges.append(len(listed))
     buckets, sources, held = [], [], []
     for a, b in pairwise(edges):
-        offset = torch.arange(listed[a], device=ends.device)
+        width = -(-listed[a] // padding.multiple) * padding.multiple
+        offset = torch.arange(width, device=ends.device)
         valid = offset < lengths[a:b, None]
-        buckets.append((b - a, listed[a]))
+        buckets.append((b - a, width))
         sources.append(torch.where(valid, starts[a:b, None] + offset, starts[a:b, None]).view(-1))
         held.append(valid.view(-1))
     source, held = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (sources, held))
@@ -90,7 +101,8 @@ def _plan_of(cu_seqlens: Tensor, rows: int, heads: int) -> Plan:
     key = (rows, heads, cu_seqlens._version)
     last = _last
     if last[0] is not cu_seqlens or last[1] != key:
-        _last = last = (cu_seqlens, key, plan(cu_seqlens, rows, heads))
+        padding = PADDING["cuda" if cu_seqlens.is_cuda else "cpu"]
+        _last = last = (cu_seqlens, key, plan(cu_seqlens, rows, heads, padding))
     return last[2]
 
 
@@ -156,6 +168,12 @@ def _cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
     return d_q, d_k, d_v
 
 
+def _by_library(attend, unavailable, deterministic_flag: bool = False, **fields) -> Backend:
+    forward, backward = library.by_autograd(attend, deterministic_flag)
+    fields.setdefault("supports", library.half_precision)
+    return Backend(forward, backward, inference=attend, unavailable=unavailable, **fields)
+
+
 def _case(size: str, lengths: list[int], heads: int, kv_heads: int, width: int, scale: float | None = None) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
@@ -201,7 +219,15 @@ OP = register(
         check=check,
         reference=reference,
         backends={
-            "cpu": Backend(_cpu_forward, _cpu_backward, unavailable=native.cpu_unavailable, supports=_cpu_supports)
+            "cpu": Backend(_cpu_forward, _cpu_backward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
+            "flash": _by_library(library.flash, library.flash_unavailable),
+            "torch": _by_library(library.packed, library.torch_unavailable, deterministic_flag=True),
+            "cudnn": _by_library(
+                library.by_cudnn(reference),
+                library.cudnn_unavailable,
+                supports=library.cudnn_supports,
+                deterministic=False,
+            ),
         },
         cases=cases,
         invalid=invalid,

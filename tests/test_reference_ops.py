@@ -105,10 +105,12 @@ def attention_by_hand(q: Tensor, key: Tensor, value: Tensor, scale: float, first
     return out
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("waste", [0, 50, 10**9])  # a bucket for each length, several, one
-def test_varlen_attention_by_hand(waste, monkeypatch):
+def test_varlen_attention_by_hand(waste, multiple, monkeypatch):
     k.varlen_attention.__doc__  # noqa: B018  the module is imported with its first use
-    monkeypatch.setattr(sys.modules["r1fast_kernels.varlen_attention"], "BUCKET_WASTE", waste)
+    module = sys.modules["r1fast_kernels.varlen_attention"]
+    monkeypatch.setitem(module.PADDING, "cpu", module.Padding(waste, multiple))
     lengths = [3, 7, 0, 1, 5, 7]
     q, key, value = randn(23, 4, 6), randn(23, 2, 6, seed=1), randn(23, 2, 6, seed=2)
     parts = [attention_by_hand(*(x.split(lengths)[i] for x in (q, key, value)), 0.37) for i in range(6)]
