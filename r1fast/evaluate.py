@@ -1,12 +1,14 @@
 """`python -m r1fast.evaluate MODEL_DIR --task NAME|FILE.jsonl`: one checkpoint, one task, the paper's protocol.
 
-pass@1 is the mean over k samples at T 0.6 and top-p 0.95, with a bootstrap interval; cons@k is the majority's. The
-numbers come from the same code as the ones after every stage of a recipe (stages/evaluate.py).
+pass@1 is the mean over k samples at T 0.6 and top-p 0.95, with a bootstrap interval; pass@k is unbiased, cons@k is the
+majority's. The numbers come from the same code as the ones after every stage of a recipe (stages/evaluate.py). With
+--out every completion is kept, first in FILE.json.partial as it comes: an interrupted evaluation goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -16,6 +18,7 @@ from r1fast.config import CommandParser, UserError
 from r1fast.metrics import write_atomically
 from r1fast.schema import EvaluationConfig, SamplingConfig, TaskConfig
 
+MADE = 256  # problems of a task that makes them
 FIELDS_OF_KIND = {"gsm8k": ("question", "answer"), "math": ("problem", "answer")}
 
 
@@ -24,11 +27,11 @@ def parser() -> CommandParser:
     p.add_argument("model", type=Path, metavar="MODEL_DIR", help="a checkpoint in Hugging Face format")
     p.add_argument("--task", required=True, metavar="NAME|FILE", help="a kind of task, or a JSONL file of problems")
     p.add_argument("--data", metavar="FILE", help="the rows that a task given by NAME reads")
-    p.add_argument("--samples", type=int, default=16, metavar="K", help="completions a problem (default 16)")
+    p.add_argument("--samples", type=int, metavar="K", help="completions a problem (default 16)")
     p.add_argument("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
     p.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default 0.95; 1 is off")
     p.add_argument("--max-tokens", type=int, metavar="N", help="default: half of the context, at most 1024")
-    p.add_argument("--limit", type=int, default=256, metavar="N", help="problems (default 256)")
+    p.add_argument("--limit", type=int, metavar="N", help="problems (default: all of a file, else 256)")
     p.add_argument("--template", choices=["paper", "checkpoint", "words"], default=None, help="default: checkpoint's")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
@@ -79,8 +82,10 @@ def find_task(spec: str, data: str | None):
 
 def _check(args: argparse.Namespace) -> None:
     """What can be wrong with the options themselves, before anything is read."""
-    if args.samples < 1 or args.limit < 1 or (args.max_tokens is not None and args.max_tokens < 1):
-        raise UserError("--samples, --limit and --max-tokens must be at least 1")
+    for name in ("samples", "limit", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
     if not 0 <= args.temperature < math.inf:
         raise UserError(f"--temperature is {args.temperature}, it must be a number from 0 (greedy) up")
     if not 0 < args.top_p <= 1:
@@ -89,7 +94,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: give a file in a directory that exists")
 
 
-def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
+def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The numbers, and a row for every problem with its completions."""
     _check(args)
     task = find_task(args.task, args.data)
@@ -99,6 +104,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
     from r1fast.device import choose_device, choose_dtype
     from r1fast.model.tokenizer import CHAT_TEMPLATES
     from r1fast.model.weights import load
+    from r1fast.stages.answers import AnswerFile
     from r1fast.stages.evaluate import Evaluator
 
     device = choose_device(args.device)
@@ -108,47 +114,91 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list]:
     if args.template not in (None, "checkpoint"):
         tokenizer.chat_template = CHAT_TEMPLATES[args.template]
     longest = model.config.max_positions
-    max_tokens = args.max_tokens or min(1024, longest // 2)
     protocol = EvaluationConfig(
         task=task.name,
-        limit=args.limit,
-        samples=args.samples,
+        limit=args.limit or len(task.problems("test", None if isinstance(task, WholeFile) else MADE)),
+        samples=args.samples or 16,
         greedy=False,
-        sampling=SamplingConfig(max_tokens=max_tokens, temperature=args.temperature, top_p=args.top_p),
+        sampling=SamplingConfig(
+            max_tokens=args.max_tokens or min(1024, longest // 2), temperature=args.temperature, top_p=args.top_p
+        ),
     )
-    result, measured, _ = Evaluator(model, tokenizer, {task.name: task}, longest).evaluate(protocol)
-    rows = [
-        {
-            "id": group.prompt.id,
-            "prompt": group.prompt.text,
-            "answer": group.prompt.answer,
-            "completions": [r.text for r in group.rollouts],
-            "correct": correct,
-        }
-        for group, correct in zip(measured.groups, measured.correct, strict=True)
-    ]
-    return result, rows
+    evaluator = Evaluator(model, tokenizer, {task.name: task}, longest)
+    with AnswerFile(partial(args.out), key(args, protocol, task, model.dtype)) as answers:
+        if answers.finished:
+            print(f"{answers.finished} problems are in {answers.path} already", file=sys.stderr)
+        result, measured, _ = evaluator.evaluate(protocol, answers)
+    return result, [row(answered) for answered in measured.answered]
+
+
+def partial(out: Path | None) -> Path | None:
+    """Where the samples of an evaluation are until it is finished."""
+    return None if out is None else out.with_name(f"{out.name}.partial")
+
+
+def key(args: argparse.Namespace, protocol: EvaluationConfig, task, dtype) -> dict[str, str]:
+    """What the completions depend on: an evaluation with another key is another one."""
+    from r1fast.graph import content_hash
+    from r1fast.stages.evaluate import SEED
+
+    problems = [[p.id, p.text, p.answer] for p in task.problems("test", protocol.limit, SEED)]
+    asked = hashlib.sha256(json.dumps(problems, ensure_ascii=False, default=str).encode()).hexdigest()
+    return {
+        "checkpoint": content_hash(str(args.model)),
+        "task": task.name,
+        "problems": f"{len(problems)}, {asked[:16]}",
+        "samples": str(protocol.samples),
+        "sampling": json.dumps(protocol.sampling.model_dump()),
+        "template": args.template or "checkpoint",
+        "dtype": str(dtype),
+    }
+
+
+def row(answered) -> dict:
+    """A problem in the file of results."""
+    return {
+        "id": answered.prompt.id,
+        "prompt": answered.prompt.text,
+        "answer": answered.prompt.answer,
+        "completions": [sample.text for sample in answered.samples],
+        "correct": [sample.correct for sample in answered.samples],
+        "tokens": [sample.tokens for sample in answered.samples],
+        "finish": [sample.finish for sample in answered.samples],
+        "errors": [dict(sample.errors) for sample in answered.samples],
+    }
 
 
 def show(result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    k = result["k"]
+    k, console = result["k"], Console()
     table = Table(title=f"{result['task']}: {result['problems']} problems, {k} samples each")
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("pass@1", f"{result['pass@1']:.3f}  [{result['pass@1_low']:.3f}, {result['pass@1_high']:.3f}]")
+    for i, value in result["pass@k"].items():
+        table.add_row(f"pass@{i}", f"{value:.3f}")
     table.add_row(f"cons@{k}", f"{result['cons@k']:.3f}")
+    for name, value in result["summary"].items():
+        table.add_row(name, str(value) if not isinstance(value, float) else f"{value:.3f}")
     for name in ("format", "language", "truncated"):
         table.add_row(name, f"{result[name]:.3f}")
     table.add_row("tokens a response", f"{result['length']:.1f}")
+    table.add_row("tokens", f"{result['tokens']:,}")
     table.add_row("verifier failures", str(result["errors"]))
     table.add_row("seconds", f"{result['seconds']:.1f}")
-    Console().print(table)
+    console.print(table)
+    if result["categories"]:
+        by = Table("category", "problems", "pass@1", "95% interval")
+        for name, part in result["categories"].items():
+            interval = f"[{part['low']:.3f}, {part['high']:.3f}]"
+            by.add_row(name, str(part["problems"]), f"{part['pass@1']:.3f}", interval)
+        console.print(by)
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = None
     try:
         args = parser().parse_args(argv)
         result, rows = evaluate(args)
@@ -156,11 +206,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        kept = partial(args.out) if args else None
+        print(
+            f"\ninterrupted; the same command goes on from {kept}" if kept and kept.exists() else "", file=sys.stderr
+        )
         return 130
     show(result)
     if args.out is not None:
         write_atomically(args.out, json.dumps({**result, "rows": rows}, ensure_ascii=False, indent=1) + "\n")
+        partial(args.out).unlink()
     return 0
 
 

@@ -36,7 +36,7 @@ class RunLog:
     def _open(self, name: str):
         path = self.directory / name
         if path.exists():
-            _drop_torn_line(path)
+            drop_torn_line(path)
         return path.open("a", encoding="utf-8")
 
     @property
@@ -157,7 +157,7 @@ def _finite(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else _finite(_number(value))
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Cuts what follows the last newline: the start of a line that a crash kept from being finished."""
     with path.open("rb+") as file:
         text = file.read()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from r1fast.evaluate import find_task, kind_of_rows, main
+from r1fast.rollout.sampler import Sampler
 
 
 def rows_file(path, rows):
@@ -51,6 +52,35 @@ def test_the_numbers_are_those_of_the_completions_it_writes(micro, tmp_path, cap
             assert not right or row["answer"] in text.split()
     shown = capsys.readouterr().out
     assert f"{found['pass@1']:.3f}" in shown and "cons@4" in shown
+
+
+def test_an_interrupted_command_goes_on_with_the_same_numbers(micro, tmp_path, capsys, monkeypatch):
+    model = str(micro / "stages" / "cold_start" / "checkpoint")
+    command = [model, "--task", "totals", "--limit", "24", "--samples", "4", "--max-tokens", "40", "--out"]
+    assert main([*command, str(tmp_path / "whole.json")]) == 0
+    out, stream, drawn = tmp_path / "parts.json", Sampler.stream, []
+
+    def stopping(self, prompts, params):
+        for found in stream(self, prompts, params):
+            if len(drawn) == 10:
+                raise KeyboardInterrupt
+            drawn.append(found[1].prompt.id)
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "stream", stopping)
+        assert main([*command, str(out)]) == 130
+    assert f"goes on from {out}.partial" in capsys.readouterr().err and not out.exists()
+    assert main([*command[:-2], "41", "--out", str(out)]) == 2
+    assert "another sampling" in capsys.readouterr().err
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "stream", lambda self, prompts, p: asked.extend(prompts) or stream(self, prompts, p))
+        assert main([*command, str(out)]) == 0
+    assert len(asked) == 14 and not {p.id for p in asked} & set(drawn)
+    whole, parts = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
+    assert {**whole, "seconds": 0} == {**parts, "seconds": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "whole.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,41 @@
 """What a checkpoint can do, by the paper's protocol: k samples a problem at T = 0.6 and top-p 0.95, pass@1 as their
-mean, cons@k by majority, with format, language consistency and length beside it. Stages, curves and the command
-`python -m r1fast.evaluate` all measure here, so that their numbers mean the same thing."""
+mean, pass@k, cons@k by majority, with format, language consistency and length beside it. Stages, curves and the
+command `python -m r1fast.evaluate` all measure here, so that their numbers mean the same thing."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from r1fast import rewards
 from r1fast.rewards.scoring import score
+from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample, unscored
 from r1fast.stages.context import StageOutcome
-from r1fast.stages.inputs import encode_problems, sample_texts, sampler_for, sampling_params, start_model
-from r1fast.stages.measures import bootstrap_interval, consensus, pass_at_1
+from r1fast.stages.inputs import encode_problems, sample_texts, sampler_for, sampling_params, start_model, with_texts
+from r1fast.stages.measures import (
+    Verdicts,
+    bootstrap_interval,
+    by_category,
+    consensus,
+    means,
+    pass_at_1,
+    pass_at_k,
+    steps_of_k,
+)
+from r1fast.stages.steps import Steps
+from r1fast.types import Prompt, Rollout, RolloutGroup
 
 if TYPE_CHECKING:
     from r1fast.rollout.sampler import Sampler
     from r1fast.schema import EvaluateStage, EvaluationConfig, SamplingConfig
     from r1fast.stages.context import StageContext
     from r1fast.tasks import Task
-    from r1fast.types import Problem, RolloutGroup
+    from r1fast.types import Problem
 
+ANSWERS = "answers.jsonl"  # in the stage's folder: every sample of its evaluation
 SHOWN = 8  # problems whose first sample goes to samples.jsonl: the first of the split, not chosen
 GENERAL_SAMPLES = 2  # samples of each general prompt; its measures are shares over all of them
 SEED = 20_501  # evaluation noise is the same for every stage, so that stages differ by their weights alone
@@ -32,9 +45,11 @@ SEED = 20_501  # evaluation noise is the same for every stage, so that stages di
 class Measured:
     """One sampled and scored set of problems."""
 
-    groups: list[RolloutGroup]
-    correct: list[list[float]]  # [problems][samples]
-    answers: list[list[str | None]]
+    answered: list[Answered]
+
+    @property
+    def correct(self) -> Verdicts:
+        return [[sample.correct for sample in a.samples] for a in self.answered]
 
     @property
     def pass_at_1(self) -> float:
@@ -42,25 +57,51 @@ class Measured:
 
     @property
     def consensus(self) -> float:
-        return consensus(self.answers, self.correct)
+        return consensus([[sample.answer for sample in a.samples] for a in self.answered], self.correct)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for a in self.answered for sample in a.samples]
 
     def mean(self, kind: str) -> float:
-        values = [r.rewards[kind] for g in self.groups for r in g.rollouts if kind in r.rewards]
+        values = [sample.rewards[kind] for sample in self.samples if kind in sample.rewards]
         return sum(values) / len(values) if values else float("nan")
 
     @property
+    def tokens(self) -> int:
+        return sum(sample.tokens for sample in self.samples)
+
+    @property
     def length(self) -> float:
-        lengths = [len(r.tokens) for g in self.groups for r in g.rollouts]
-        return sum(lengths) / len(lengths)
+        return self.tokens / len(self.samples)
 
     @property
     def truncated(self) -> float:
-        cut = [r.finish == "length" for g in self.groups for r in g.rollouts]
-        return sum(cut) / len(cut)
+        return sum(sample.finish == "length" for sample in self.samples) / len(self.samples)
 
     @property
     def errors(self) -> int:
-        return sum(bool(r.errors) for g in self.groups for r in g.rollouts)
+        return sum(bool(sample.errors) for sample in self.samples)
+
+    def numbers(self) -> dict[str, Any]:
+        """What is told of it, but for what the task adds."""
+        correct = self.correct
+        low, high = bootstrap_interval(means(correct))
+        categories = [str(a.prompt.meta.get("category", "")) for a in self.answered]
+        return {
+            "pass@1": self.pass_at_1,
+            "pass@1_low": low,
+            "pass@1_high": high,
+            "pass@k": {str(k): pass_at_k(correct, k) for k in steps_of_k(len(correct[0]))},
+            "cons@k": self.consensus,
+            "format": self.mean("format"),
+            "language": self.mean("language"),
+            "length": self.length,
+            "tokens": self.tokens,
+            "truncated": self.truncated,
+            "errors": self.errors,
+            "categories": by_category(categories, correct) if len(set(categories)) > 1 else {},
+        }
 
 
 class Evaluator:
@@ -78,16 +119,56 @@ class Evaluator:
         prompts = encode_problems(problems, self.tokenizer, self.max_length, sampling)
         return sample_texts(self.sampler, prompts, sampling_params(sampling, n, SEED), self.tokenizer)
 
-    def measure(self, task: Task, problems: list[Problem], sampling: SamplingConfig, n: int) -> Measured:
-        """Samples and scores: accuracy by the task's verifier; format and language beside it."""
-        kinds = {"accuracy": 1.0, "format": 0.0, "language": 0.0}
-        groups = score(self.sample(problems, sampling, n), kinds, task.verifier, pool=self.pool)
+    def measure(
+        self,
+        task: Task,
+        problems: list[Problem],
+        sampling: SamplingConfig,
+        n: int,
+        answers: AnswerFile | None = None,
+        part: str = "main",
+    ) -> Measured:
+        """Samples and scores what `answers` does not hold yet, and adds it there: accuracy by the task's verifier;
+        format, language and what else the task names beside it."""
+        answers = answers or AnswerFile(None, {})
+        kinds = {"accuracy": 1.0, "format": 0.0, "language": 0.0, **dict.fromkeys(task.beside, 0.0)}
         extract = rewards.get(task.verifier).extract
-        return Measured(
-            groups,
-            correct=[[r.rewards.get("accuracy", 0.0) for r in g.rollouts] for g in groups],
-            answers=[[extract(r.text) for r in g.rollouts] for g in groups],
-        )
+
+        def judge(batch: Sequence[Answered]) -> None:
+            groups = score([_group(a) for a in batch], kinds, task.verifier, pool=self.pool)
+            for group, (prompt, samples) in zip(groups, ((a.prompt, a.samples) for a in batch), strict=True):
+                scored = [
+                    replace(s, rewards=dict(r.rewards), errors=dict(r.errors), answer=extract(s.text))
+                    for s, r in zip(samples, group.rollouts, strict=True)
+                ]
+                answers.keep(part, prompt.id, scored, scored=True)
+
+        prompts = encode_problems(problems, self.tokenizer, self.max_length, sampling)
+        with Judging(judge) as judging:
+            missing = [p for p in prompts if answers.scored(part, p.id) is None]
+            for prompt in missing:
+                if (drawn := answers.drawn(part, prompt.id)) is not None:
+                    judging.add(Answered(prompt, drawn))
+            for group in self._draw([p for p in missing if answers.drawn(part, p.id) is None], prompts, sampling, n):
+                answers.keep(part, group.prompt.id, unscored(group), scored=False)
+                judging.add(Answered(group.prompt, unscored(group)))
+        return Measured([Answered(prompt, answers.scored(part, prompt.id)) for prompt in prompts])
+
+    def _draw(
+        self, wanted: list[Prompt], prompts: list[Prompt], sampling: SamplingConfig, n: int
+    ) -> Iterator[RolloutGroup]:
+        """Groups of the wanted prompts as they are finished. The sampler tells equal prompts of a call apart by their
+        order; here they are drawn in calls of their own with other seeds, so that a prompt's samples do not depend on
+        which others are still wanted."""
+        turns: Counter[tuple[int, ...]] = Counter()
+        turn = {}
+        for prompt in prompts:
+            turn[prompt.id] = turns[prompt.tokens]
+            turns[prompt.tokens] += 1
+        for number in sorted({turn[prompt.id] for prompt in wanted}):
+            call = [prompt for prompt in wanted if turn[prompt.id] == number]
+            for _, group in self.sampler.stream(call, sampling_params(sampling, n, SEED + number)):
+                yield with_texts(group, self.tokenizer)
 
     def measure_general(
         self, task: Task, limit: int, sampling: SamplingConfig
@@ -101,21 +182,22 @@ class Evaluator:
                     values[name].append(value)
         return {name: sum(v) / len(v) for name, v in sorted(values.items())}, groups
 
-    def evaluate(self, protocol: EvaluationConfig) -> tuple[dict, Measured, list[RolloutGroup]]:
+    def evaluate(
+        self, protocol: EvaluationConfig, answers: AnswerFile | None = None
+    ) -> tuple[dict, Measured, list[RolloutGroup]]:
         """The whole protocol on the test split: its numbers, the samples at the protocol's own temperature, and those
-        of the general task."""
+        of the general task. What `answers` holds is not drawn again, and what it does not hold is added to it."""
         began = time.perf_counter()
         task = self.tasks[protocol.task or next(iter(self.tasks))]
         problems = task.problems("test", protocol.limit, SEED)
-        main = self.measure(task, problems, protocol.sampling, protocol.samples)
-        low, high = bootstrap_interval([sum(row) / len(row) for row in main.correct])
+        main = self.measure(task, problems, protocol.sampling, protocol.samples, answers)
         at_one = greedy = None
         if protocol.at_one:
             plain = protocol.sampling.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0})
-            at_one = self.measure(task, problems, plain, protocol.at_one).pass_at_1
+            at_one = self.measure(task, problems, plain, protocol.at_one, answers, "at one").pass_at_1
         if protocol.greedy:
             cold = protocol.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0, "top_k": 0})
-            greedy = self.measure(task, problems, cold, 1).pass_at_1
+            greedy = self.measure(task, problems, cold, 1, answers, "greedy").pass_at_1
         general, general_groups = {}, []
         if protocol.general is not None:
             task_general = self.tasks[protocol.general]
@@ -125,21 +207,19 @@ class Evaluator:
             "problems": len(problems),
             "samples": protocol.samples,
             "k": protocol.samples,
-            "pass@1": main.pass_at_1,
-            "pass@1_low": low,
-            "pass@1_high": high,
-            "cons@k": main.consensus,
+            **main.numbers(),
             "pass@1_t1": at_one,
             "greedy": greedy,
-            "format": main.mean("format"),
-            "language": main.mean("language"),
-            "length": main.length,
-            "truncated": main.truncated,
-            "errors": main.errors,
             "seconds": time.perf_counter() - began,
             "general": general,
+            "summary": task.summary([(a.prompt.meta, a.samples) for a in main.answered]),
         }
         return result, main, general_groups
+
+
+def _group(answered: Answered) -> RolloutGroup:
+    """For the rewards, which read texts: the tokens are no longer there when an evaluation goes on from a file."""
+    return RolloutGroup(answered.prompt, [Rollout([], [], s.finish, s.text) for s in answered.samples], -1)
 
 
 def log_sample(ctx: StageContext, step: int, moment: str, group: RolloutGroup) -> None:
@@ -158,11 +238,22 @@ def log_sample(ctx: StageContext, step: int, moment: str, group: RolloutGroup) -
     )
 
 
-def log_evaluation(ctx: StageContext, step: int, result: dict, shown: list[RolloutGroup]) -> None:
-    """The evaluation as a line of metrics.jsonl, and a sample of each shown group."""
+def log_evaluation(
+    ctx: StageContext, step: int, result: dict, main: Measured, general: Sequence[RolloutGroup] = ()
+) -> None:
+    """The evaluation as a line of metrics.jsonl, and the first sample of the first problems."""
     ctx.log.event(event="evaluation", stage=ctx.name, step=step, **result)
-    for group in shown:
+    shown = []
+    for answered in main.answered[:SHOWN]:
+        group, first = _group(answered), answered.samples[0]
+        rollout = replace(group.rollouts[0], rewards=first.rewards, reward=first.correct or 0.0)
+        shown.append(replace(group, rollouts=[rollout]))
+    for group in [*shown, *general[:SHOWN]]:
         log_sample(ctx, step, "evaluation", group)
+
+
+def _answer_file(ctx: StageContext) -> AnswerFile:
+    return AnswerFile(ctx.directory / ANSWERS, {"stage": ctx.name, **ctx.snapshot_key})
 
 
 def evaluate_stage(ctx: StageContext, model, tokenizer, step: int, sampler: Sampler | None = None) -> dict | None:
@@ -170,8 +261,10 @@ def evaluate_stage(ctx: StageContext, model, tokenizer, step: int, sampler: Samp
     if not ctx.stage.evaluate:
         return None
     ctx.progress.note("evaluating")
-    result, main, general = Evaluator.of(ctx, model, tokenizer, sampler).evaluate(ctx.recipe.evaluation)
-    log_evaluation(ctx, step, result, main.groups[:SHOWN] + general[:SHOWN])
+    with _answer_file(ctx) as answers:
+        evaluator = Evaluator.of(ctx, model, tokenizer, sampler)
+        result, main, general = evaluator.evaluate(ctx.recipe.evaluation, answers)
+    log_evaluation(ctx, step, result, main, general)
     return result
 
 
@@ -180,7 +273,10 @@ def run(ctx: StageContext) -> StageOutcome:
     stage: EvaluateStage = ctx.stage
     model, tokenizer = start_model(ctx, stage.from_)
     ctx.progress.stage(ctx.name, "evaluate", 1)
-    protocol = stage.protocol or ctx.recipe.evaluation
-    result, main, general = Evaluator.of(ctx, model, tokenizer).evaluate(protocol)
-    log_evaluation(ctx, 0, result, main.groups[:SHOWN] + general[:SHOWN])
+    if ctx.resume is None:
+        Steps(ctx, 0, {}).save()  # an empty one: it keeps the folder, and so the answers, for a run that goes on
+    with _answer_file(ctx) as answers:
+        protocol = stage.protocol or ctx.recipe.evaluation
+        result, main, general = Evaluator.of(ctx, model, tokenizer).evaluate(protocol, answers)
+    log_evaluation(ctx, 0, result, main, general)
     return StageOutcome(stats={"pass@1": result["pass@1"], "cons@k": result["cons@k"]}, evaluation=result)

@@ -85,11 +85,12 @@ def sample_texts(
     sampler: Sampler, prompts: list[Prompt], params: SamplingParams, tokenizer: PreTrainedTokenizerBase
 ) -> list[RolloutGroup]:
     """Sampled groups, in the order of the prompts, with each completion's text filled in."""
-    groups = sampler.sample(prompts, params)
-    return [
-        replace(group, rollouts=[replace(r, text=decode(tokenizer, r.tokens)) for r in group.rollouts])
-        for group in groups
-    ]
+    return [with_texts(group, tokenizer) for group in sampler.sample(prompts, params)]
+
+
+def with_texts(group: RolloutGroup, tokenizer: PreTrainedTokenizerBase) -> RolloutGroup:
+    """The group with its completions' texts filled in."""
+    return replace(group, rollouts=[replace(r, text=decode(tokenizer, r.tokens)) for r in group.rollouts])
 
 
 def sampler_for(model: Decoder, tokenizer: PreTrainedTokenizerBase, max_seqs: int = 512) -> Sampler:

@@ -7,7 +7,7 @@ it has not is a `UserError` that says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ class Task:
     kind: ClassVar[str] = ""
     Options: ClassVar[type[Strict]] = Strict  # what `options` may hold for this kind
     verifier: str | None = None  # the reward that means "accuracy" here; None: nothing is right or wrong
+    beside: tuple[str, ...] = ()  # rewards that an evaluation measures beside accuracy, format and language
 
     def __init__(self, name: str, config: TaskConfig, default_path: str | None = None) -> None:
         self.name = name
@@ -54,6 +55,12 @@ class Task:
     def measure(self, meta: Mapping[str, Any], completion: str) -> dict[str, float] | None:
         """What can be said of a completion by rule where no answer is right; None where the verifier says it."""
         return None
+
+    def summary(self, answered: Sequence[tuple[Mapping[str, Any], Sequence[Any]]]) -> dict[str, Any]:
+        """Numbers of an evaluation that only this task knows (a rating, a win rate), by name.
+
+        answered: a problem's meta and its samples (stages/answers.py: text, tokens, rewards), for every problem."""
+        return {}
 
     def _lacks(self, what: str) -> UserError:
         return UserError(f"task {self.name!r}: a task of kind {self.kind!r} has no {what}; use another task here")
