@@ -173,12 +173,15 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.longest: dict[str, float] = {}  # seconds that one stay in a phase has taken at most, for the watchdog
         self._open: list[str] = []
+        self._entered: list[float] = []
         self._began = self._mark = time.perf_counter()
 
     def __call__(self, phase: str) -> PhaseTimer:
         self._charge()
         self._open.append(phase)
+        self._entered.append(self._mark)
         return self
 
     def __enter__(self) -> PhaseTimer:
@@ -186,7 +189,16 @@ class PhaseTimer:
 
     def __exit__(self, *_) -> None:
         self._charge()
-        self._open.pop()
+        phase, seconds = self._open.pop(), self._mark - self._entered.pop()
+        if seconds > self.longest.get(phase, 0.0):
+            self.longest[phase] = seconds
+
+    def running(self) -> tuple[str | None, float]:
+        """The innermost open phase and how long it has been open; safe from another thread."""
+        try:
+            return self._open[-1], time.perf_counter() - self._entered[-1]
+        except IndexError:  # none, or closed between the two looks
+            return None, 0.0
 
     def _charge(self) -> None:
         now = time.perf_counter()

@@ -144,6 +144,9 @@ class PlainProgress:
         if self._state is not None:
             self._state.note = text
 
+    def warn(self, text: str) -> None:
+        self._say(f"! {text}")
+
     def finish(self, summary: str) -> None:
         state = self._state
         if state is None:
@@ -185,6 +188,9 @@ class LiveProgress:
     def note(self, text: str) -> None:
         if self._state is not None:
             self._state.note = text
+
+    def warn(self, text: str) -> None:
+        self._console.print(Text.assemble(("! ", "yellow"), text))
 
     def finish(self, summary: str) -> None:
         state, self._state = self._state, None

@@ -260,7 +260,7 @@ def _context(this: _Run, name: str) -> StageContext:
         stop=this.stop,
         snapshot_key=key,
     )
-    found = snapshot.newest(context.snapshots, lambda notes: _may_go_on(this.log, name, key, notes), this.progress.note)
+    found = snapshot.newest(context.snapshots, lambda notes: _may_go_on(this.log, name, key, notes), this.progress.warn)
     return replace(context, resume=found)
 
 

@@ -240,6 +240,17 @@ class CheckpointConfig(Strict):
     rollout_seconds: float = Field(5.0, ge=0)  # a draw that took longer is kept on disk until the next snapshot
 
 
+class WatchdogConfig(Strict):
+    """When a phase of a step is taken for hung (watchdog.py), and what to do with numbers that are none."""
+
+    enabled: bool = True
+    factor: PositiveFloat = 10.0  # times the longest that the phase took in this stage so far
+    least_seconds: PositiveFloat = 600.0
+    first_seconds: PositiveFloat = 7200.0  # for a phase that has not ended once
+    nonfinite_steps: PositiveInt = 5  # steps in a row without a finite loss or gradient, after which...
+    on_nonfinite: Literal["stop", "roll_back"] = "stop"  # ... the run ends, or goes on from its last snapshot's weights
+
+
 class RecipeConfig(Strict):
     name: str
     description: str = ""
@@ -251,6 +262,7 @@ class RecipeConfig(Strict):
     tasks: dict[str, TaskConfig]
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     stages: dict[str, Stage]
 
 

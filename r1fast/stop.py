@@ -7,6 +7,7 @@ cleans up after one cleans up after it.
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
 import threading
@@ -20,11 +21,16 @@ class Stopped(KeyboardInterrupt):
     """The run ended because it was asked to; all that is finished is on disk."""
 
 
+class Stalled(KeyboardInterrupt):
+    """The run was ended because it hung (watchdog.py); the message says where."""
+
+
 class StopRequest:
     """Whether somebody has asked, and whether it has to wait. Inert until `listening`."""
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.requested = False
+        self._stalled: str | None = None
         self._waiting = 0
         self._say = say or (lambda text: print(text, file=sys.stderr))
 
@@ -33,6 +39,11 @@ class StopRequest:
         self.requested = True
         if not self._waiting:
             raise Stopped
+
+    def stalled(self, what: str) -> None:
+        """Makes the main thread raise Stalled(what), in a step or not. From any thread."""
+        self._stalled = what
+        _thread.interrupt_main()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -57,6 +68,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _heard(self, number: int, _frame: object) -> None:
+        if self._stalled is not None:
+            raise Stalled(self._stalled)
         if self.requested:
             raise KeyboardInterrupt
         if self._waiting:

@@ -71,7 +71,7 @@ def read_arguments(options: argparse.Namespace) -> tuple[RecipeConfig, Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, or stopped by a signal with everything saved; 2 bad input (one sentence on standard error);
-    130 interrupted by a second signal, in the middle of a step."""
+    75 ended by the watchdog; 130 interrupted by a second signal, in the middle of a step."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options = parser().parse_intermixed_args(argv)
@@ -92,16 +92,19 @@ def train(recipe: RecipeConfig, out: Path, options: argparse.Namespace, argv: Se
     from r1fast.graph import order
     from r1fast.progress import for_output
     from r1fast.recipe import run, told_before_resuming
-    from r1fast.stop import Stopped, StopRequest
+    from r1fast.stop import Stalled, Stopped, StopRequest
+    from r1fast.watchdog import STALLED
 
     if options.resume and (told := told_before_resuming(recipe, out)):
         print(f"note: {told}", file=sys.stderr)
     try:
-        with for_output(order(recipe)) as progress, StopRequest(progress.note).listening() as stop:
+        with for_output(order(recipe)) as progress, StopRequest(progress.warn).listening() as stop:
             summary = run(recipe, out, progress=progress, resume=options.resume, fresh=options.fresh, stop=stop)
     except KeyboardInterrupt as ended:
+        if isinstance(ended, Stalled):
+            print(f"\nerror: {ended}", file=sys.stderr)
         _tell_interrupted(out, argv)
-        return STOPPED if isinstance(ended, Stopped) else INTERRUPTED
+        return STOPPED if isinstance(ended, Stopped) else STALLED if isinstance(ended, Stalled) else INTERRUPTED
     from rich.console import Console
 
     from r1fast.summary import table

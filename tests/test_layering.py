@@ -1,7 +1,7 @@
 """Holds the arrows of the house: what each part may import, read from the sources themselves.
 
-    csrc < kernels < {types, schema, config, metrics, progress, device, heap, snapshot, stop} < {model, rewards, tasks}
-         < {rollout, learn}
+    csrc < kernels < {types, schema, config, metrics, progress, device, heap, snapshot, stop, watchdog}
+         < {model, rewards, tasks} < {rollout, learn}
          < stages < {graph, check, recipe, plan, summary} < {train, evaluate, generate, report}
 
 Left never imports right, at the top of a file or inside a function.
@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("r1fast_kernels",),
-    ("types", "schema", "config", "metrics", "progress", "device", "heap", "snapshot", "stop"),
+    ("types", "schema", "config", "metrics", "progress", "device", "heap", "snapshot", "stop", "watchdog"),
     ("model", "rewards", "tasks"),
     ("rollout", "learn"),
     ("stages",),
@@ -29,7 +29,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Plain Python, tested as such, and quick to import: --help and the report must not wait for torch.
 WITHOUT_TORCH = (
     *("r1fast.config", "r1fast.schema", "r1fast.types", "r1fast.metrics", "r1fast.progress", "r1fast.graph"),
-    *("r1fast.snapshot", "r1fast.stop"),
+    *("r1fast.snapshot", "r1fast.stop", "r1fast.watchdog"),
     *("r1fast.tasks", "r1fast.rewards", "r1fast.rollout.scheduler", "r1fast.rollout.kv_cache", "r1fast.train"),
 )
 

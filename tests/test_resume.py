@@ -256,3 +256,62 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(recipe, tmp_pat
     process = start(out, path, "--resume")
     assert process.communicate(timeout=300)[1] is not None and process.returncode == 0
     assert weights(out) == weights(whole)
+
+
+# -- numbers that are none ----------------------------------------------------------------------------------------
+
+
+def break_steps(monkeypatch, bad: set[int]):
+    """The loss of the given calls of the learner is not a number."""
+    from r1fast.learn.learner import Learner
+
+    step, calls = Learner.step, [0]
+
+    def broken(self, batches, loss):
+        calls[0] += 1
+        if calls[0] not in bad:
+            return step(self, batches, loss)
+        return step(self, batches, lambda model, batch: (loss(model, batch)[0] * float("nan"), None))
+
+    monkeypatch.setattr(Learner, "step", broken)
+
+
+SFT = {"stage": {**STAGES["sft"], "epochs": 4}}  # 32 steps
+
+
+def alarms(out: Path) -> list[tuple[str, int]]:
+    return [(row["name"], row["step"]) for row in read_events(out) if row["event"] == "alarm"]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(micro, tmp_path, monkeypatch):
+    break_steps(monkeypatch, {5, 6, 9})
+    run_micro_stages(tmp_path / "run", micro, SFT, {"watchdog": {"nonfinite_steps": 3}})
+    assert alarms(tmp_path / "run") == [("nonfinite", 5), ("nonfinite", 6), ("nonfinite", 9)]
+
+
+def test_several_in_a_row_end_the_run_and_none_of_them_is_saved(micro, tmp_path, monkeypatch):
+    break_steps(monkeypatch, {5, 6, 7})
+    settings = {"watchdog": {"nonfinite_steps": 3}, "checkpoint": {"steps": 1}}
+    with pytest.raises(UserError, match="3 steps in a row, up to step 7"):
+        run_micro_stages(tmp_path / "run", micro, SFT, settings)
+    newest = max((tmp_path / "run" / "stages" / "stage" / SNAPSHOTS).iterdir())
+    assert newest.name == "step-00000004"
+
+
+def test_rolling_back_goes_on_with_the_data_that_follows(micro, tmp_path, monkeypatch):
+    break_steps(monkeypatch, {5, 6, 7})
+    settings = {"watchdog": {"nonfinite_steps": 3, "on_nonfinite": "roll_back"}, "checkpoint": {"steps": 2}}
+    run_micro_stages(tmp_path / "run", micro, SFT, settings)
+    assert alarms(tmp_path / "run")[-1] == ("rolled_back", 7)
+    steps = [row for row in read_events(tmp_path / "run") if row["event"] == "step"]
+    assert len(steps) == 32 and all(row["loss"] is not None for row in steps[7:])
+    rates = [row["learning_rate"] for row in steps]
+    assert rates[7:10] == rates[4:7]  # the schedule went back with the weights
+
+
+def test_rolling_back_again_and_again_ends_too(micro, tmp_path, monkeypatch):
+    break_steps(monkeypatch, set(range(5, 33)))
+    settings = {"watchdog": {"nonfinite_steps": 2, "on_nonfinite": "roll_back"}, "checkpoint": {"steps": 1}}
+    with pytest.raises(UserError, match="2 steps in a row, up to step 12"):
+        run_micro_stages(tmp_path / "run", micro, SFT, settings)
+    assert [name for name, _ in alarms(tmp_path / "run")].count("rolled_back") == 3

@@ -200,7 +200,7 @@ def _read_events(path: Path, stages: dict[str, StageRecord]) -> None:
             case "evaluation":
                 stage.evaluation = event
             case "stage":
-                stage.status = event["status"]
+                stage.status = "started" if event["status"] == "resumed" else event["status"]
                 stage.seconds = number(event, "seconds") or stage.seconds
 
 

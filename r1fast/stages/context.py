@@ -36,6 +36,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """What is going on where no steps are counted: loading, evaluating, saving."""
 
+    def warn(self, text: str) -> None:
+        """Something that the person should know and that must not be drawn over: a line of its own."""
+
     def finish(self, summary: str) -> None:
         """The stage is done; one line of what it reached."""
 

@@ -19,6 +19,7 @@ from r1fast.learn.learner import Learner
 from r1fast.metrics import PhaseTimer
 from r1fast.model.weights import clone, copy_weights, save
 from r1fast.rewards.scoring import score
+from r1fast.stages.alarms import Alarms
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
 from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, start_model
@@ -83,11 +84,13 @@ class GRPOStageRun:
             raise UserError(f"stage {ctx.name!r}: no entry of its mix is active at the first step; give one start: 0")
         self.timer = PhaseTimer()
         self.journal = Journal(ctx.directory / ROLLOUTS)
-        self.loop = Steps(ctx, stage.steps, self._state())
+        self.alarms = Alarms(stage.logprob_bound)
+        self.loop = Steps(ctx, stage.steps, self._state(), self.timer)
 
     def _state(self) -> dict[str, Stateful]:
         """All that the steps to come depend on."""
         state = {"model": PolicyState(self.model), "learner": self.learner, "random": RandomState(self.random)}
+        state["alarms"] = self.alarms
         if self.reference is not None:
             state["reference"] = self.reference
         return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.sources)}}
@@ -211,7 +214,7 @@ class GRPOStageRun:
             "kl": update.kl,
             "entropy": update.entropy,
         }
-        self.ctx.log.event(
+        event = dict(
             event="step",
             stage=self.ctx.name,
             kind="grpo",
@@ -222,6 +225,7 @@ class GRPOStageRun:
             tokens_per_second=tokens / max(sum(phases.values()), 1e-9),
             rewards=by_kind,
             truncated=sum(r.finish == "length" for r in rollouts) / len(rollouts),
+            rollouts=len(rollouts),
             errors=sum(bool(r.errors) for r in rollouts),
             groups_sampled=len(drawn.sampled),
             groups_trained=sum(informative(g) for g in drawn.groups),
@@ -235,9 +239,13 @@ class GRPOStageRun:
             old_logprobs=update.old_logprobs,
             **numbers,
         )
+        self.ctx.log.event(**event)
         self.ctx.progress.update(step, **{k: v for k, v in numbers.items() if v is not None})
         for group in drawn.sampled[:SAMPLED_LINES]:
             log_sample(self.ctx, step, "train", group)
+        for alarm in self.alarms.look(event):
+            self.ctx.log.event(event="alarm", stage=self.ctx.name, name=alarm.name, step=step, text=alarm.text)
+            self.ctx.progress.warn(f"{self.ctx.name}, step {step}: {alarm.text}")
 
     def curve(self, step: int) -> None:
         """A point of the curves, on validation problems: test problems are kept for the stage table."""

@@ -77,7 +77,7 @@ def run(ctx: StageContext) -> StageOutcome:
     ctx.progress.stage(ctx.name, "pretrain", stage.steps)
     log = SupervisedLog(ctx, stage.steps, every=max(1, stage.steps // 150))
     timer = PhaseTimer()
-    loop = Steps(ctx, stage.steps, {"model": model, "learner": learner, "log": log})
+    loop = Steps(ctx, stage.steps, {"model": model, "learner": learner, "log": log}, timer)
     for step in range(loop.done):  # a corpus is an endless generator: it can only be wound forward
         next(easy if step < easy_steps else full)
     for step in loop:

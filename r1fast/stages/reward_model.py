@@ -104,7 +104,7 @@ def run(ctx: StageContext) -> StageOutcome:
     learner = Learner(model, stage.optimizer, steps)
     ctx.progress.stage(ctx.name, "reward_model", steps)
     log, timer = SupervisedLog(ctx, steps), PhaseTimer()
-    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log})
+    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log}, timer)
     how = {"steps": steps, "first": loop.done, "seed": ctx.seed, "device": ctx.device}
     how["micro_batch_tokens"] = stage.micro_batch_tokens
     if stage.objective == "pairwise":

@@ -31,7 +31,7 @@ def run(ctx: StageContext) -> StageOutcome:
     learner = Learner(model, stage.optimizer, steps)
     ctx.progress.stage(ctx.name, stage.kind, steps)
     log, timer = SupervisedLog(ctx, steps, every=max(1, steps // 150)), PhaseTimer()
-    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log})
+    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log}, timer)
     batches = supervised_steps(
         rows,
         first=loop.done,

@@ -22,7 +22,10 @@ import torch
 
 from r1fast import snapshot
 from r1fast.config import UserError
+from r1fast.metrics import PhaseTimer
+from r1fast.stages.nonfinite import Nonfinite
 from r1fast.stop import Stopped
+from r1fast.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from r1fast.model.decoder import Decoder
@@ -95,8 +98,12 @@ class Steps:
     is wound forward by the stage itself. `saved` is the step of the newest snapshot.
     """
 
-    def __init__(self, ctx: StageContext, total: int, state: Mapping[str, Stateful]) -> None:
-        self._ctx, self.total = ctx, total
+    def __init__(
+        self, ctx: StageContext, total: int, state: Mapping[str, Stateful], timer: PhaseTimer | None = None
+    ) -> None:
+        """state: of all that changes from step to step. timer: of the stage's phases, which the watchdog watches."""
+        self._ctx, self.total, self._timer = ctx, total, timer
+        self._bad = Nonfinite(ctx, state)
         self._state = {**state, "globals": GlobalRandomness()}
         self._config = ctx.recipe.checkpoint
         self.done = 0
@@ -105,15 +112,17 @@ class Steps:
         self.saved, self._saved_at = self.done, time.monotonic()
 
     def __iter__(self) -> Iterator[int]:
-        stop = self._ctx.stop
-        for step in range(self.done + 1, self.total + 1):
-            with stop.step():
-                yield step
-                self.done = step
-                if stop.requested or self._due():
-                    self.save()
-            if stop.requested:
-                raise Stopped
+        ctx, stop = self._ctx, self._ctx.stop
+        with Watchdog(self._timer or PhaseTimer(), ctx.log.directory, ctx.recipe.watchdog, stop.stalled):
+            for step in range(self.done + 1, self.total + 1):
+                with stop.step():
+                    yield step
+                    self.done = step
+                    healthy = self._bad.look(step)
+                    if healthy and (stop.requested or self._due()):
+                        self.save()
+                if stop.requested:
+                    raise Stopped
 
     def _due(self) -> bool:
         if self.done == self.total:  # what follows (an evaluation) may take long
