@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1fast import plugins, rewards
 from r1fast import tasks as task_kinds
 from r1fast.config import UserError, nearest
 from r1fast.graph import data_sources, order, tasks_of, uses_evaluation
@@ -29,6 +30,8 @@ _LONGEST = 64  # problems of a task, by characters, whose prompts are encoded to
 def check(recipe: RecipeConfig, need_inputs: bool = True) -> dict[str, Task]:
     """The recipe's tasks by name, after all checks. `need_inputs` false (a dry run) forgives what the presets leave to
     the user: model.path, the data, the student of a distillation."""
+    plugins.load(recipe.plugins)
+    rewards.configure(recipe.rewards)
     _names(recipe)
     order(recipe)
     for name, stage in recipe.stages.items():
@@ -38,6 +41,8 @@ def check(recipe: RecipeConfig, need_inputs: bool = True) -> dict[str, Task]:
     for name in recipe.stages:
         _abilities(recipe, name, built)
         _rewards(recipe, name, built)
+    if need_inputs:
+        _verifiers(recipe, built)
     _starts(recipe, need_inputs)
     _files(recipe)
     _lengths(recipe)
@@ -174,9 +179,19 @@ def _rewards(recipe: RecipeConfig, name: str, tasks: Mapping[str, Task]) -> None
                 raise UserError(f"{place}: the task {task!r} does not say its language; leave `language` out")
 
 
-def _known_reward(reward: str, place: str) -> None:
-    from r1fast import rewards
+def _verifiers(recipe: RecipeConfig, tasks: Mapping[str, Task]) -> None:
+    """Every reward that the run will ask must be usable on this machine."""
+    asked: dict[str | None, str] = {}
+    for name, stage in recipe.stages.items():
+        asked.update({tasks[task].verifier: f"tasks.{task}" for task in tasks_of(recipe, stage)})
+        for entry in getattr(stage, "mix", ()):
+            asked.update(dict.fromkeys(entry.rewards, f"stages.{name}.mix"))
+    for reward, place in asked.items():
+        if reward in rewards.names() and (why := rewards.get(reward).why_not()) is not None:
+            raise UserError(f"{place}: {why}")
 
+
+def _known_reward(reward: str, place: str) -> None:
     known = ["accuracy", MODEL_REWARD, *rewards.names()]
     if reward not in known:
         near = nearest(reward, known)

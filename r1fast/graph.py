@@ -186,6 +186,7 @@ def _own_inputs(recipe: RecipeConfig, name: str) -> dict[str, Any]:
         "stage": stage.model_dump(mode="json", by_alias=True),
         "model": model,
         "tasks": {task: task_inputs(recipe, recipe.tasks[task]) for task in sorted(tasks) if task in recipe.tasks},
+        **({"plugins": [content_hash(path) for path in recipe.plugins]} if recipe.plugins else {}),
         "evaluation": recipe.evaluation.model_dump(mode="json") if uses_evaluation(stage) else None,
         "files": [content_hash(source.path) for _, source in data_sources(stage) if source.path],
     }

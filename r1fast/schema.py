@@ -50,6 +50,15 @@ class TaskConfig(Strict):
     options: dict[str, Any] = {}  # of this kind; checked by the task itself
 
 
+class RewardsConfig(Strict):
+    """How verifiers are run, whatever they verify."""
+
+    sandbox: Literal["bubblewrap", "rlimits"] = "bubblewrap"  # rlimits isolates far less (r1fast/rewards/sandbox.py)
+    workers: int = Field(0, ge=0)  # processes; 0: one a core, at most 8
+    deadline: PositiveFloat = 5.0  # seconds for one completion, but for rewards that set their own (code, judge)
+    max_failures: float = Field(0.2, ge=0, le=1)  # share of a step's scores that may fail before the run stops
+
+
 # -- what stages share ----------------------------------------------------------------------------------------
 
 
@@ -263,6 +272,8 @@ class RecipeConfig(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    plugins: list[str] = []  # Python files with rewards and tasks of one's own (r1fast/plugins.py)
     stages: dict[str, Stage]
 
 

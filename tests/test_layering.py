@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("r1fast_kernels",),
-    ("types", "schema", "config", "metrics", "progress", "device", "heap", "snapshot", "stop", "watchdog"),
+    ("types", "schema", "config", "metrics", "progress", "device", "heap", "plugins", "snapshot", "stop", "watchdog"),
     ("model", "rewards", "tasks"),
     ("rollout", "learn"),
     ("stages",),

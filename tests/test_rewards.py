@@ -10,9 +10,10 @@ import rewards_for_tests  # noqa: F401 - registers rewards that misbehave
 
 from r1fast import rewards
 from r1fast.config import UserError
-from r1fast.rewards import pool
+from r1fast.rewards import base, pool
 from r1fast.rewards.layout import thinking
 from r1fast.rewards.pool import RewardPool
+from r1fast.schema import RewardsConfig
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MEGABYTE = 1_000_000
@@ -368,7 +369,8 @@ def test_large_messages_and_a_reward_that_cannot_be_loaded():
 
 
 def test_rewards_that_may_hang_are_safe_to_call_directly(monkeypatch):
-    monkeypatch.setattr(pool, "DEADLINE", 1.0)
+    monkeypatch.setattr(base, "_settings", RewardsConfig(deadline=1.0))
+    pool.close_shared()
     assert rewards.get("misbehaving")("die").error
     assert rewards.get("misbehaving")("fine") == rewards.Score(0.5)
 

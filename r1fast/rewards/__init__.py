@@ -1,6 +1,20 @@
 """Rewards by rule. `get("math")(completion, reference)` gives a `Score`; each file registers its own."""
 
-from r1fast.rewards import exact, format, gsm8k, language, math
-from r1fast.rewards.base import Reward, Score, get, names, register
+from r1fast.rewards import code, exact, format, gsm8k, language, math
+from r1fast.rewards.base import Reward, Score, configure, get, names, register, settings
 
-__all__ = ["Reward", "Score", "exact", "format", "get", "gsm8k", "language", "math", "names", "register"]
+__all__ = [
+    "Reward",
+    "Score",
+    "code",
+    "configure",
+    "exact",
+    "format",
+    "get",
+    "gsm8k",
+    "language",
+    "math",
+    "names",
+    "register",
+    "settings",
+]

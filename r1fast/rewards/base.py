@@ -7,11 +7,13 @@ apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from r1fast.config import UserError, nearest
+from r1fast.schema import RewardsConfig
 
 Reference = str | int | float | Mapping[str, Any] | None
 
@@ -33,6 +35,14 @@ class Reward:
     def prepare(self) -> None:
         """Slow imports, done once in each worker process before its clock starts."""
 
+    def why_not(self) -> str | None:
+        """Why this reward cannot be used on this machine, with what to do; asked before any work starts."""
+        return None
+
+    def deadline(self, reference: Reference) -> float | None:
+        """Seconds that a worker may take for one completion, where that depends on the reference; None: the pool's."""
+        return None
+
     def judge(self, completion: str, reference: Reference) -> float:
         """The value, in this process and without a deadline; raises where it cannot tell."""
         raise NotImplementedError
@@ -44,7 +54,8 @@ class Reward:
     def attempt(self, completion: str, reference: Reference) -> Score:
         """`judge` in this process; whatever it raises becomes the score's error."""
         try:
-            return Score(float(self.judge(completion, reference)))
+            value = float(self.judge(completion, reference))
+            return Score(value) if math.isfinite(value) else Score(0.0, f"{self.name}: the value is {value}")
         except Exception as error:  # any failure of a verifier is the same to the caller: this sample has no score
             return Score(0.0, f"{type(error).__name__}: {error}"[:300])
 
@@ -55,6 +66,24 @@ class Reward:
         from r1fast.rewards import pool  # the pool asks the registry for rewards, so it cannot come first
 
         return pool.shared().run([(self.name, completion, reference)])[0]
+
+
+_settings = RewardsConfig()
+
+
+def settings() -> RewardsConfig:
+    """How rewards are run in this process: the recipe's `rewards` block, or its defaults. A worker has its pool's."""
+    return _settings
+
+
+def configure(given: RewardsConfig) -> None:
+    """Makes `given` the settings of this process; workers that are there already end, for they have the old ones."""
+    global _settings
+    if given != _settings:
+        from r1fast.rewards import pool
+
+        pool.close_shared()
+        _settings = given
 
 
 T = TypeVar("T", bound=type[Reward])

@@ -1,6 +1,9 @@
 """Worker processes for rewards that may hang or crash: a deadline for every item, and a kill that always works.
 
 A hang or a crash costs one sample its score (an error, never a zero) and one worker its life; the rest goes on.
+A pool has as many lanes as there are cores. An item that takes longer than SLOW leaves its lane to another worker and
+goes on beside them, so that completions that hang do not stand in the way of those that do not.
+
 Our own small pool, because a library's (pebble, concurrent.futures) starts workers through multiprocessing, which
 imports the caller's main module again: rewards are called from scripts and notebooks that do not expect it.
 """
@@ -20,10 +23,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-from r1fast.rewards.base import Reference, Score, get
+from r1fast import plugins
+from r1fast.rewards.base import Reference, Score, get, settings
 
-DEADLINE = 5.0  # seconds for one item; math-verify takes milliseconds on all that is sane
 STARTUP = 120.0  # seconds for a worker to import what a reward needs; sympy takes several on a busy machine
+SLOW = 0.5  # seconds after which an item no longer holds up its lane
+CROWD = 4  # workers at most, times the lanes
 CACHED = 65_536  # verdicts remembered; the same answer comes again and again within a group
 
 Item = tuple[str, str, Reference]  # reward's name, completion, reference
@@ -32,7 +37,7 @@ Item = tuple[str, str, Reference]  # reward's name, completion, reference
 class _Worker:
     """One process and what it is doing."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float) -> None:
         # -P keeps the working directory from the front of the path; the parent's own path is handed on whole.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
         self.process = subprocess.Popen(
@@ -47,11 +52,19 @@ class _Worker:
         self.buffer = b""
         self.job: int | None = None
         self.reward = ""
-        self.seconds = DEADLINE
-        self.expires = 0.0
+        self.seconds = self.deadline = deadline
+        self.expires = self.slow = 0.0
+        given = {"settings": settings().model_dump(mode="json"), "plugins": plugins.loaded()}
+        with contextlib.suppress(BrokenPipeError):  # found dead when it is asked something
+            self._write(given)
 
-    def send(self, job: int, item: Item, seconds: float) -> None:
+    def _write(self, message: dict) -> None:
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def send(self, job: int, item: Item) -> None:
         name, completion, reference = item
+        seconds = get(name).deadline(reference) or self.deadline
         message = {
             "module": type(get(name)).__module__,
             "reward": name,
@@ -60,9 +73,12 @@ class _Worker:
             "seconds": seconds,
         }
         self.job, self.reward, self.seconds = job, name, seconds
-        self.expires = time.monotonic() + (seconds if name in self.prepared else STARTUP)
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
+        self._expect(seconds if name in self.prepared else STARTUP)
+        self._write(message)
+
+    def _expect(self, seconds: float) -> None:
+        now = time.monotonic()
+        self.expires, self.slow = now + seconds, now + (SLOW if self.reward in self.prepared else STARTUP)
 
     def receive(self) -> Score | None:
         """What has arrived: a verdict, or None for "not yet". EOFError when the process is gone."""
@@ -74,7 +90,7 @@ class _Worker:
             reply = json.loads(line)
             if "prepared" in reply:
                 self.prepared.add(reply["prepared"])
-                self.expires = time.monotonic() + self.seconds  # the clock starts when the imports are done
+                self._expect(self.seconds)  # the clock starts when the imports are done
             else:
                 self.job = None
                 return Score(**reply)
@@ -93,10 +109,11 @@ class _Worker:
 class RewardPool:
     """Judges items in parallel. Starts no process before the first `run`; use as a context, or `close` it."""
 
-    def __init__(self, workers: int | None = None, deadline: float = DEADLINE) -> None:
-        """workers: processes, by default one per core up to 8. deadline: seconds for one item."""
-        self.size = workers or min(8, os.cpu_count() or 1)
-        self.deadline = deadline
+    def __init__(self, workers: int | None = None, deadline: float | None = None) -> None:
+        """workers: lanes, by default those of the settings, or one per core up to 8. deadline: seconds for one item
+        of a reward that does not set its own, by default those of the settings."""
+        self.size = workers or settings().workers or min(8, _cores())
+        self.deadline = deadline or settings().deadline
         self.restarts = 0  # workers that hung or crashed so far
         self._workers: list[_Worker] = []
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
@@ -143,35 +160,43 @@ class RewardPool:
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
                 self._assign(waiting, items, scores)
-                self._collect(scores)
+                self._collect(scores, bool(waiting))
         except BaseException:  # an interrupt: what is in flight must not answer the next run
             self.close()
             raise
+        while len(self._workers) > self.size:
+            self._workers.pop().kill()
         return scores  # type: ignore[return-value]
 
     def _assign(self, waiting: deque[int], items: list[Item], scores: list[Score | None]) -> None:
-        """Gives every idle worker an item, starting workers up to the pool's size while there is work."""
+        """Gives every free lane an item, starting workers where none is idle."""
+        now = time.monotonic()
         idle = [worker for worker in self._workers if worker.job is None]
-        while waiting and (idle or len(self._workers) < self.size):
+        taken = sum(worker.job is not None and worker.slow > now for worker in self._workers)
+        while waiting and taken < self.size and (idle or len(self._workers) < CROWD * self.size):
             if not idle:
-                self._workers.append(_Worker())
+                self._workers.append(_Worker(self.deadline))
                 idle.append(self._workers[-1])
             worker, job = idle.pop(), waiting.popleft()
+            taken += 1
             try:
-                worker.send(job, items[job], self.deadline)
+                worker.send(job, items[job])
             except BrokenPipeError:
                 self._lose(worker, scores)
 
-    def _collect(self, scores: list[Score | None]) -> None:
-        """Waits for the next verdict, death or deadline, and deals with all that have come."""
+    def _collect(self, scores: list[Score | None], more: bool) -> None:
+        """Waits for the next verdict, death, deadline or (with `more` to give) free lane, and deals with what came."""
         busy = [worker for worker in self._workers if worker.job is not None]
         if not busy:
             return
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            now = time.monotonic()
             soonest = min(worker.expires for worker in busy)
-            ready = selector.select(max(0.0, soonest - time.monotonic()))
+            if more:
+                soonest = min([soonest, *(worker.slow for worker in busy if worker.slow > now)])
+            ready = selector.select(max(0.0, soonest - now))
         for key, _ in ready:
             worker, job = key.data, key.data.job
             try:
@@ -197,6 +222,10 @@ class RewardPool:
         why = f"no verdict within {allowed:g} s" if late else f"the verifier's process died (exit code {code})"
         scores[worker.job] = Score(0.0, f"{worker.reward}: {why}")
         worker.job = None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _key(item: Item) -> bytes:

@@ -1,6 +1,7 @@
 """The other side of the reward pool: a process that judges one completion at a time and may be killed at any moment.
 
 One JSON object a line, in on standard input, out on what was standard output:
+    <- {"settings": ..., "plugins": [...]}  first, once
     <- {"module": ..., "reward": ..., "completion": ..., "reference": ..., "seconds": ...}
     -> {"prepared": reward}                 only before the first verdict of each reward
     -> {"value": ..., "error": ...}
@@ -14,7 +15,9 @@ import os
 import signal
 import sys
 
-from r1fast.rewards.base import Reward, Score, get
+from r1fast import plugins
+from r1fast.rewards.base import Reward, Score, configure, get
+from r1fast.schema import RewardsConfig
 
 MEMORY = 2 << 30  # bytes of address space; sympy needs a tenth of it, 9^9^9^9 would take all there is
 GRACE = 5.0  # seconds after the deadline at which a worker whose parent is gone ends itself
@@ -50,6 +53,9 @@ def main() -> None:
     os.dup2(2, 1)
     limit_memory()
     known: dict[str, Reward] = {}
+    given = json.loads(sys.stdin.readline())
+    configure(RewardsConfig(**given["settings"]))
+    plugins.load(given["plugins"])
     for line in sys.stdin:
         job = json.loads(line)
         name = job["reward"]

@@ -1,0 +1,5 @@
+def f(x):
+    made = []
+    for _ in range(100_000):
+        made = [made]
+    return made

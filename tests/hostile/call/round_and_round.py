@@ -1,0 +1,4 @@
+def f(x):
+    made = []
+    made.append(made)
+    return made

@@ -1,0 +1,2 @@
+def f(x):
+    return "token-" * 100_000_000

