@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from r1fast.config import CommandParser, UserError
@@ -19,18 +20,24 @@ from r1fast.metrics import write_atomically
 from r1fast.schema import EvaluationConfig, SamplingConfig, TaskConfig
 
 MADE = 256  # problems of a task that makes them
+LONGEST = 32_768  # tokens of a benchmark's completion, as in the paper, where the model's context has room for it
 FIELDS_OF_KIND = {"gsm8k": ("question", "answer"), "math": ("problem", "answer")}
 
 
 def parser() -> CommandParser:
     p = CommandParser(prog="python -m r1fast.evaluate", description=__doc__.split("\n\n")[1])
     p.add_argument("model", type=Path, metavar="MODEL_DIR", help="a checkpoint in Hugging Face format")
-    p.add_argument("--task", required=True, metavar="NAME|FILE", help="a kind of task, or a JSONL file of problems")
-    p.add_argument("--data", metavar="FILE", help="the rows that a task given by NAME reads")
-    p.add_argument("--samples", type=int, metavar="K", help="completions a problem (default 16)")
+    p.add_argument(
+        "--task", required=True, metavar="NAME|FILE", help="a benchmark, a kind of task, or a JSONL file of problems"
+    )
+    p.add_argument("--data", metavar="FILE", help="the rows that a task given by NAME reads, or a data set's name")
+    p.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the task, as seed=1")
+    p.add_argument("--samples", type=int, metavar="K", help="completions a problem (default 16, or the benchmark's)")
     p.add_argument("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
     p.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default 0.95; 1 is off")
-    p.add_argument("--max-tokens", type=int, metavar="N", help="default: half of the context, at most 1024")
+    p.add_argument(
+        "--max-tokens", type=int, metavar="N", help="default: half of the context, at most 1024 (benchmarks: 32768)"
+    )
     p.add_argument("--limit", type=int, metavar="N", help="problems (default: all of a file, else 256)")
     p.add_argument("--template", choices=["paper", "checkpoint", "words"], default=None, help="default: checkpoint's")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -40,7 +47,7 @@ def parser() -> CommandParser:
 
 
 def kind_of_rows(path: Path) -> str:
-    """The kind of task whose fields the first row of a file has; any other file is of kind `jsonl`."""
+    """The kind of task, or the benchmark, whose fields the first row of a file has; any other is of kind `jsonl`."""
     with path.open(encoding="utf-8") as file:
         try:
             first = json.loads(file.readline())
@@ -48,6 +55,11 @@ def kind_of_rows(path: Path) -> str:
             raise UserError(f"{path}:1: not a JSON object: {error}") from error
     if not isinstance(first, dict):
         raise UserError(f"{path}:1: a row is a JSON object, not {type(first).__name__}")
+    from r1fast.tasks.benchmarks import recognise
+
+    named = recognise(first)
+    if named is not None:
+        return named
     for kind, needed in FIELDS_OF_KIND.items():
         if first.keys() >= set(needed) and (kind != "gsm8k" or "####" in str(first["answer"])):
             return kind
@@ -69,15 +81,22 @@ class WholeFile:
         return every[:count]
 
 
-def find_task(spec: str, data: str | None):
+def find_task(spec: str, data: str | None, options: Sequence[str] = ()):
+    """A benchmark by its name, a task by its kind, or a file of problems: one of a benchmark where its fields are."""
     from r1fast import tasks
 
+    given = dict(option.partition("=")[::2] for option in options)
     path = Path(spec)
+    if spec in tasks.benchmarks.TABLE:
+        return tasks.build(spec, TaskConfig(kind="benchmark", path=data, options={"name": spec, **given}), None)
     if path.suffix in (".jsonl", ".json") or path.exists():
         if not path.is_file():
             raise UserError(f"--task {spec}: no such file")
-        return WholeFile(tasks.build(path.stem, TaskConfig(kind=kind_of_rows(path), path=spec), None))
-    return tasks.build(spec, TaskConfig(kind=spec, path=data), data)
+        kind = kind_of_rows(path)
+        if kind in tasks.benchmarks.TABLE and kind not in FIELDS_OF_KIND:
+            return find_task(kind, spec, options)
+        return WholeFile(tasks.build(path.stem, TaskConfig(kind=kind, path=spec, options=given), None))
+    return tasks.build(spec, TaskConfig(kind=spec, path=data, options=given), data)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -90,6 +109,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--temperature is {args.temperature}, it must be a number from 0 (greedy) up")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p is {args.top_p}, it must be above 0 and at most 1 (off)")
+    for option in args.option:
+        if "=" not in option:
+            raise UserError(f"--option {option}: give KEY=VALUE, as --option seed=1")
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise UserError(f"--out {args.out}: give a file in a directory that exists")
 
@@ -97,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The numbers, and a row for every problem with its completions."""
     _check(args)
-    task = find_task(args.task, args.data)
+    task = find_task(args.task, args.data, args.option)
     if task.verifier is None:
         raise UserError(f"task {args.task!r} has no right answers to measure; give a task with a verifier")
 
@@ -114,21 +136,29 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if args.template not in (None, "checkpoint"):
         tokenizer.chat_template = CHAT_TEMPLATES[args.template]
     longest = model.config.max_positions
-    protocol = EvaluationConfig(
-        task=task.name,
-        limit=args.limit or len(task.problems("test", None if isinstance(task, WholeFile) else MADE)),
-        samples=args.samples or 16,
-        greedy=False,
-        sampling=SamplingConfig(
-            max_tokens=args.max_tokens or min(1024, longest // 2), temperature=args.temperature, top_p=args.top_p
-        ),
-    )
+    protocol = protocol_of(args, task, longest)
     evaluator = Evaluator(model, tokenizer, {task.name: task}, longest)
     with AnswerFile(partial(args.out), key(args, protocol, task, model.dtype)) as answers:
         if answers.finished:
             print(f"{answers.finished} problems are in {answers.path} already", file=sys.stderr)
         result, measured, _ = evaluator.evaluate(protocol, answers)
     return result, [row(answered) for answered in measured.answered]
+
+
+def protocol_of(args: argparse.Namespace, task, longest: int) -> EvaluationConfig:
+    """The options, with what a benchmark's own protocol says where they are not given; `longest`: the context."""
+    benchmark = hasattr(task, "benchmark")
+    return EvaluationConfig(
+        task=task.name,
+        limit=args.limit or len(task.problems("test", None if benchmark or isinstance(task, WholeFile) else MADE)),
+        samples=args.samples or (task.samples if benchmark else 16),
+        greedy=False,
+        sampling=SamplingConfig(
+            max_tokens=args.max_tokens or min(LONGEST if benchmark else 1024, longest // 2),
+            temperature=args.temperature,
+            top_p=args.top_p,
+        ),
+    )
 
 
 def partial(out: Path | None) -> Path | None:

@@ -1,6 +1,6 @@
 """Rewards by rule. `get("math")(completion, reference)` gives a `Score`; each file registers its own."""
 
-from r1fast.rewards import code, exact, format, gsm8k, language, math
+from r1fast.rewards import code, drop, exact, format, gsm8k, language, math
 from r1fast.rewards.base import Reward, Score, configure, get, names, register, settings
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Score",
     "code",
     "configure",
+    "drop",
     "exact",
     "format",
     "get",

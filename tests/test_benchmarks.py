@@ -1,0 +1,283 @@
+"""The table of benchmarks: every data set's own schema is read, asked, judged and counted as its authors say."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from benchmark_rows import BASELINE, RIGHT, ROWS, WRONG, hidden
+from scripted import ScriptedSampler, byte_tokenizer
+
+from r1fast import rewards
+from r1fast.config import UserError
+from r1fast.evaluate import find_task, kind_of_rows
+from r1fast.schema import EvaluationConfig, SamplingConfig
+from r1fast.stages.evaluate import Evaluator
+from r1fast.tasks.benchmarks import TABLE, recognise
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+JUDGEABLE = [name for name in ROWS if TABLE[name].verifier in rewards.names()]
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def needs(reward):
+    if reward not in rewards.names():
+        pytest.skip(f"there is no reward {reward} yet")
+
+
+def task_of(tmp_path, name, *rows, **options):
+    if name == "arena_hard":
+        options.setdefault("baseline", str(written(tmp_path / "baseline.jsonl", [BASELINE])))
+    path = written(tmp_path / f"{name}.jsonl", rows or [ROWS[name]])
+    return find_task(name, str(path), [f"{key}={value}" for key, value in options.items()])
+
+
+def measured(task, say, samples=1):
+    sampling = SamplingConfig(max_tokens=64, temperature=0.6, top_p=0.95)
+    protocol = EvaluationConfig(task=task.name, limit=2000, samples=samples, greedy=False, sampling=sampling)
+    sampler = ScriptedSampler(say)
+    return Evaluator(None, byte_tokenizer(), {task.name: task}, 1 << 16, sampler=sampler).evaluate(protocol)[0]
+
+
+def test_every_benchmark_of_the_table_has_a_row_here():
+    assert ROWS.keys() == TABLE.keys() and len(TABLE) == 20
+
+
+@pytest.mark.parametrize("name", JUDGEABLE)
+def test_a_row_of_its_own_schema_is_asked_and_judged(tmp_path, name):
+    task = task_of(tmp_path, name)
+    (problem,) = task.problems("test")
+    assert task.problems("train") == [] and task.samples >= 1
+    assert task.texts()[0][1][0] in problem.text and "{" not in TABLE[name].prompt.replace("{{", "").split("{")[0]
+    assert problem.meta["language"] == TABLE[name].language
+    if name not in RIGHT:
+        return
+    right = RIGHT[name].format(letter=problem.answer["answer"]) if name == "gpqa_diamond" else RIGHT[name]
+    assert measured(task, lambda *_: right)["pass@1"] == 1.0
+    assert measured(task, lambda *_: WRONG)["pass@1"] == 0.0
+    assert measured(task, lambda *_: "")["pass@1"] == 0.0
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "gsm8k"])
+def test_a_file_is_recognised_by_its_fields(name):
+    assert recognise(ROWS[name]) == name
+    assert recognise({}) is None and recognise({"question": "", "answer": ""}) is None
+
+
+def test_recognised_files_are_tasks_without_a_name(tmp_path):
+    path = written(tmp_path / "some.jsonl", [ROWS["math500"]])
+    assert kind_of_rows(path) == "math500" and find_task(str(path), None).name == "math500"
+
+
+@pytest.mark.parametrize("name", [name for name in JUDGEABLE if name != "arena_hard"])
+def test_a_row_without_a_field_is_named(tmp_path, name):
+    for field in TABLE[name].fields:
+        row = {key: value for key, value in ROWS[name].items() if key != field}
+        path = written(tmp_path / "rows.jsonl", [ROWS[name], row])
+        try:
+            find_task(name, str(path))
+        except UserError as error:
+            assert "rows.jsonl:2" in str(error) or "no problems" in str(error)
+
+
+# -- formats --------------------------------------------------------------------------------------------------------
+
+
+def texts(task):
+    return [problem.text for problem in task.problems("test")]
+
+
+def test_all_formats_of_a_file_give_the_same_problems(tmp_path):
+    needs("multiple_choice")
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{**ROWS["cmmlu"], "Question": f"第{i}题"} for i in range(3)]
+    expected = texts(task_of(tmp_path, "cmmlu", *rows))
+    assert len(set(expected)) == 3
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    for kind, between in (("csv", ","), ("tsv", "\t")):
+        with (tmp_path / f"rows.{kind}").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["", *rows[0]], delimiter=between)
+            writer.writeheader()
+            writer.writerows({"": i, **row} for i, row in enumerate(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for ending in ("json", "jsonl.gz", "csv", "tsv", "parquet"):
+        assert texts(find_task("cmmlu", str(tmp_path / f"rows.{ending}"))) == expected, ending
+
+
+def test_a_folder_of_the_authors_csv_files_gives_the_subjects(tmp_path):
+    needs("multiple_choice")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "abstract_algebra_test.csv").write_text('"Which, of these?",w,x,y,z,C\n')
+    (tmp_path / "test" / "virology_test.csv").write_text("Second?,a,b,c,d,A\nThird?,a,b,c,d,D\n")
+    task = find_task("mmlu", str(tmp_path / "test"))
+    assert [p.meta["category"] for p in task.problems("test")] == ["abstract_algebra", "virology", "virology"]
+    assert [p.answer["answer"] for p in task.problems("test")] == ["C", "A", "D"]
+    assert "C) y" in task.problems("test")[0].text and "Which, of these?" in task.problems("test")[0].text
+
+
+def test_drop_is_read_as_its_authors_publish_it_and_as_tables(tmp_path):
+    row = ROWS["drop"]
+    pair = {key: row[key] for key in ("query_id", "question", "answer", "validated_answers")}
+    (tmp_path / "own.json").write_text(json.dumps({"own_1": {"passage": row["passage"], "qa_pairs": [pair]}}))
+    (problem,) = find_task("drop", str(tmp_path / "own.json")).problems("test")
+    assert problem.answer == {"answers": [["Reds", "Blues"], ["the Reds", "the Blues"]]}
+    assert problem.text == texts(task_of(tmp_path, "drop"))[0]
+    columns = {"number": ["", "2"], "date": [{}, {}], "spans": [["the Reds"], []]}
+    (problem,) = task_of(tmp_path, "drop", {**row, "validated_answers": columns}).problems("test")
+    assert problem.answer == {"answers": [["Reds", "Blues"], ["the Reds"], ["2"]]}
+    dated = {"number": "", "date": {"day": "4", "month": "July", "year": "1776"}, "spans": []}
+    (problem,) = task_of(tmp_path, "drop", {**row, "answer": dated, "validated_answers": []}).problems("test")
+    assert problem.answer == {"answers": [["4 July 1776"]]}
+    flat = {key: row[key] for key in ("query_id", "passage", "question")}
+    flat["answers_spans"] = {"spans": ["3", "three"], "types": ["number", "span"]}
+    assert task_of(tmp_path, "drop", flat).problems("test")[0].answer == {"answers": [["3"], ["three"]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("rows.jsonl", "{bad\n", "rows.jsonl:1: not JSON"),
+        ("rows.jsonl", "[1]\n", "rows.jsonl:1: a row is a JSON object, not list"),
+        ("rows.json", "[{]", "not JSON"),
+        ("rows.csv", "Question,A,B,C,D,Answer\na,b\n", "rows.csv:2: 2 cells where there are 6 columns"),
+        ("rows.csv", "Question,A,B,C,D,Answer\nq,1,2,3,4,E\n", "option is number 4"),
+        ("rows.csv", "Question,A,B,C,D,Answer\nq,1,2,3,4,yes\n", "must be the letter or the index"),
+        ("rows.parquet", "no", "not Parquet"),
+        ("rows.txt", "no", "not a format that is read here"),
+        ("rows.jsonl", "", "no problems"),
+    ],
+)
+def test_a_broken_file_is_one_sentence(tmp_path, name, text, says):
+    needs("multiple_choice")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=says):
+        find_task("cmmlu", str(tmp_path / name))
+
+
+def test_what_cannot_be_found_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_task("math500", str(tmp_path / "gone.jsonl"))
+    with pytest.raises(UserError, match=r"no benchmark 'mat500' \(did you mean 'math500'\?\)"):
+        find_task("benchmark", None, ["name=mat500"])
+    with pytest.raises(UserError, match="no option of kind 'benchmark'"):
+        find_task("math500", None, ["sed=3"])
+
+
+# -- schemas --------------------------------------------------------------------------------------------------------
+
+
+def test_gpqa_options_are_shuffled_by_the_seed_and_the_question(tmp_path):
+    needs("multiple_choice")
+    rows = [{**ROWS["gpqa_diamond"], "Question": f"Which one is noble, {i}?"} for i in range(40)]
+
+    def letters(seed):
+        problems = task_of(tmp_path, "gpqa_diamond", *rows, seed=seed).problems("test")
+        for problem in problems:
+            assert f"{problem.answer['answer']}) Neon" in problem.text
+        return [problem.answer["answer"] for problem in problems]
+
+    first = letters(0)
+    assert first == letters(0) != letters(1) and set(first) == set("ABCD")
+    assert task_of(tmp_path, "gpqa_diamond", *rows[5:]).problems("test")[0].answer["answer"] == first[5]
+
+
+def test_mmlu_redux_leaves_out_what_has_no_answer(tmp_path):
+    needs("multiple_choice")
+    base = ROWS["mmlu_redux"]
+    kinds = [
+        {**base, "error_type": "ok", "correct_answer": None},
+        {**base, "error_type": "bad_question_clarity"},
+        {**base, "error_type": "no_correct_answer"},
+        {**base, "correct_answer": "Rome"},
+        {**base, "correct_answer": 3.0},
+        {**base, "correct_answer": None},
+    ]
+    task = task_of(tmp_path, "mmlu_redux", *kinds)
+    assert [p.answer["answer"] for p in task.problems("test")] == ["C", "B", "D"] and task.left_out == 3
+    zero_eval = {"id": "z", "question": "q", "choices": ["a", "b"], "correct_answer": "b", "config": "logic"}
+    (problem,) = task_of(tmp_path, "mmlu_redux", zero_eval).problems("test")
+    assert problem.answer["answer"] == "B" and problem.meta["category"] == "logic"
+
+
+def test_livecodebench_hidden_tests_calls_and_dates(tmp_path):
+    needs("code")
+    row = ROWS["livecodebench"]
+    (problem,) = task_of(tmp_path, "livecodebench").problems("test")
+    assert [test["input"] for test in problem.answer["tests"]] == ["2 3\n", "40 2\n"]
+    call = {"input": '[1, 2]\n"x"', "output": "3", "testtype": "functional"}
+    starter = "class Solution:\n    def add(self, v, s):\n        "
+    called = {**row, "starter_code": starter, "metadata": '{"func_name": "add"}', "contest_date": "2025-02-01"}
+    called |= {"public_test_cases": json.dumps([call]), "private_test_cases": json.dumps([call])}
+    task = task_of(tmp_path, "livecodebench", row, called)
+    assert task.problems("test")[1].answer["tests"][0] == {"input": [[1, 2], "x"], "output": 3}
+    assert task.problems("test")[1].answer["function"] == "add" and "class Solution" in task.problems("test")[1].text
+    assert task_of(tmp_path, "livecodebench", row, called, since="2024-08-01", until="2025-01-31").left_out == 1
+    import base64
+    import pickle
+    import zlib
+
+    evil = base64.b64encode(zlib.compress(pickle.dumps(Path("x")))).decode()
+    with pytest.raises(UserError, match="it holds an object"):
+        task_of(tmp_path, "livecodebench", {**row, "private_test_cases": evil})
+    assert hidden([]) and task_of(tmp_path, "livecodebench", {**row, "private_test_cases": hidden([])})
+
+
+def test_codeforces_leaves_out_what_cannot_be_judged_by_output(tmp_path):
+    needs("code")
+    row = ROWS["codeforces"]
+    others = [
+        {**row, "generated_checker": "import sys"},
+        {**row, "interaction_format": "Ask."},
+        {**row, "input_mode": "file"},
+        {**row, "rating": None},
+        {**row, "official_tests": []},
+    ]
+    task = task_of(tmp_path, "codeforces", row, *others)
+    (problem,) = task.problems("test")
+    assert task.left_out == 5 and problem.answer["seconds"] == 1.0 and problem.meta["rating"] == 800
+    assert "Example input\n1 1" in problem.text and "1 s and 256 MB" in problem.text
+
+
+# -- the project's own data: a model that knows, and one that does not ------------------------------------------------
+
+
+def oracle(task):
+    """What is right of each problem, as a model would say it."""
+    worked = dict(zip((p.id for p in task.problems("test")), task.items, strict=True))
+
+    def say(prompt, _):
+        item = worked[prompt.id]
+        if TABLE[task.name].verifier == "code":
+            return f"```python\n{item.question}{item.worked}```"
+        return f"<think> I know. </think> \\boxed{{{item.answer}}}"
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "count", "sampled"),
+    [("aime24", "aime24", 30, 30), ("math500", "math500", 500, 500), ("gsm8k_test", "gsm8k", 1319, 1319),
+     ("humaneval", "humaneval", 164, 24)],
+)  # fmt: skip
+def test_an_oracle_scores_everything_and_an_ignorant_model_nothing(file, name, count, sampled):
+    path = DATA / f"{file}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"there is no {path}")
+    needs(TABLE[name].verifier)
+    task = find_task(name, str(path))
+    assert len(task.problems("test")) == count
+    task._problems, task.items = task._problems[:sampled], task.items[:sampled]
+    right, wrong = measured(task, oracle(task)), measured(task, lambda *_: WRONG)
+    assert (right["problems"], right["pass@1"], right["errors"]) == (sampled, 1.0, 0)
+    assert (wrong["problems"], wrong["pass@1"], wrong["errors"]) == (sampled, 0.0, 0)
+    if name == "math500":
+        assert len(right["categories"]) == 7 and sum(c["problems"] for c in right["categories"].values()) == 500
