@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1fast.config import UserError
+from r1fast.config import UserError, shown
 from r1fast.model.rope_scaling import read_rope
 
 ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> prefix of the class names
@@ -71,6 +71,7 @@ class DecoderConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         """From the content of a config.json; UserError for what r1fast cannot compute exactly."""
+        _of_the_right_kind(hf)
         kind = hf.get("model_type")
         if kind not in ARCHITECTURES:
             raise UserError(f"config.json: model_type {kind!r} is not supported; {_SUPPORTED}")
@@ -138,6 +139,42 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+_INTEGERS = (
+    *_REQUIRED,
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings"),
+    *("bos_token_id", "pad_token_id", "max_window_layers", "sliding_window"),
+)
+_NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+_LARGEST = 2**40  # of any whole number in a config.json; more is a mistake or an attack, and overflows later
+
+
+def _of_the_right_kind(hf: object) -> None:
+    """UserError where a value that is read below is not what its key says: the file may be anybody's."""
+    if not isinstance(hf, Mapping):
+        raise UserError(f"config.json: it must hold an object, not {shown(hf)}")
+    if not isinstance(hf.get("model_type"), str | None) or not isinstance(hf.get("hidden_act"), str | None):
+        raise UserError("config.json: model_type and hidden_act must be text")
+    for key in _INTEGERS:
+        if not _is_whole(hf.get(key)):
+            raise UserError(f"config.json: {key} must be a whole number, not {shown(hf[key])}")
+    for key in _NUMBERS:
+        if not _is_number(hf.get(key)):
+            raise UserError(f"config.json: {key} must be a number above 0, not {shown(hf[key])}")
+    ends, kinds = hf.get("eos_token_id"), hf.get("layer_types")
+    if not (_is_whole(ends) or (isinstance(ends, list) and None not in ends and all(map(_is_whole, ends)))):
+        raise UserError(f"config.json: eos_token_id must be a token id or a list of them, not {shown(ends)}")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(each, str) for each in kinds)):
+        raise UserError(f"config.json: layer_types must be a list of names, not {shown(kinds)}")
+
+
+def _is_whole(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30)
 
 
 def _refuse(hf: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1fast.config import UserError
+from r1fast.config import UserError, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _REQUIRED = {
@@ -40,9 +40,10 @@ def read_rope(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     (with `type` for `rope_type` in the oldest). The scaling comes back with `rope_type` and, for the types that need
     it, `original_max_position_embeddings` filled in. Raises UserError for a type r1fast does not have.
     """
-    found = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    if isinstance(found.get("full_attention"), Mapping):  # transformers 5, written per kind of layer
-        found = dict(found["full_attention"])
+    found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if isinstance(found, Mapping) and isinstance(found.get("full_attention"), Mapping):
+        found = found["full_attention"]  # transformers 5, written per kind of layer
+    found = _of_numbers(found)
     theta = float(found.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0)
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
     found.pop("type", None)
@@ -60,6 +61,19 @@ def read_rope(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if missing:
         raise UserError(f"config.json: rope scaling {kind!r} lacks {', '.join(missing)}")
     return theta, {"rope_type": kind, **found}
+
+
+def _of_numbers(found: Any) -> dict[str, Any]:
+    """A copy of a block of rope settings; UserError where it is none, or a value is not a usable number."""
+    if not isinstance(found, Mapping):
+        raise UserError(f"config.json: rope_scaling must be an object, not {shown(found)}")
+    for key, value in found.items():
+        named = key in ("rope_type", "type")
+        number = isinstance(value, int | float) and (isinstance(value, bool) or 0 < value < 1e30)
+        if value is not None and not (isinstance(value, str) if named else number):
+            what = "text" if named else "a number above 0"
+            raise UserError(f"config.json: {key} of the rope scaling must be {what}, not {shown(value)}")
+    return dict(found)
 
 
 def rope_frequencies(

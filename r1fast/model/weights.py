@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ _SHARD_BYTES = 5 * 10**9  # Hugging Face's own shard size
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from the configuration
 
 
@@ -50,6 +53,7 @@ def load(
     """
     folder = Path(path)
     config = read_config(folder)
+    _check_sizes(config, folder)
     model = Decoder(config, device, resolve_dtype(dtype, device))
     _fill(model, named_views(model), folder, spare=("lm_head.weight",) if config.tie_embeddings else ())
     tokenizer = load_tokenizer(folder)
@@ -63,7 +67,9 @@ def load_reward_model(
 ) -> tuple[RewardModel, PreTrainedTokenizerBase | None]:
     """What `save_reward_model` wrote (or a one-label `...ForSequenceClassification` of transformers)."""
     folder = Path(path)
-    trunk = Decoder(read_config(folder), device, resolve_dtype(dtype, device), head=False)
+    config = read_config(folder)
+    _check_sizes(config, folder)
+    trunk = Decoder(config, device, resolve_dtype(dtype, device), head=False)
     model = RewardModel(trunk)
     _fill(model, {**named_views(trunk), "score.weight": model.score}, folder, spare=("lm_head.weight",))
     return model, load_tokenizer(folder)
@@ -90,8 +96,13 @@ def read_config(folder: Path) -> DecoderConfig:
         raise UserError(f"{folder}: no config.json in it, so it is no checkpoint in Hugging Face format")
     hf = _read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
-        more = token_ids(_read_json(folder / "generation_config.json").get("eos_token_id"))
-        hf["eos_token_id"] = list(dict.fromkeys((*token_ids(hf.get("eos_token_id")), *more)))
+        more = _read_json(folder / "generation_config.json")
+        if isinstance(hf, dict) and isinstance(more, dict):
+            try:
+                ends = (*token_ids(hf.get("eos_token_id")), *token_ids(more.get("eos_token_id")))
+                hf["eos_token_id"] = list(dict.fromkeys(ends))
+            except TypeError:
+                raise UserError(f"{folder}: eos_token_id must be a token id or a list of them") from None
     try:
         return DecoderConfig.from_hf(hf)
     except UserError as error:
@@ -158,28 +169,70 @@ def _fill(model: torch.nn.Module, views: dict[str, Tensor], folder: Path, spare:
         raise UserError(f"{folder}: tensor {next(iter(left))!r} is missing from the files{more}")
 
 
+def _check_sizes(config: DecoderConfig, folder: Path) -> None:
+    """UserError where config.json asks for more memory than the files can fill: before any is taken."""
+    shapes = {name: tensor for file in _files(folder) for name, tensor in _shapes(file)}
+    layers = 1 + max((int(m[1]) for name in shapes if (m := _LAYER.match(name))), default=-1)
+    if layers != config.layers:
+        raise UserError(f"{folder}: the files hold {layers} layers, config.json says {config.layers}")
+    first, hidden = "model.layers.0", config.hidden_size
+    expected = {
+        "model.embed_tokens.weight": [config.vocab_size, hidden],
+        f"{first}.self_attn.q_proj.weight": [config.heads * config.head_dim, hidden],
+        f"{first}.self_attn.k_proj.weight": [config.kv_heads * config.head_dim, hidden],
+        f"{first}.mlp.gate_proj.weight": [config.intermediate_size, hidden],
+    }
+    for name, shape in expected.items():
+        if name in shapes and shapes[name] != shape:
+            raise UserError(f"{folder}: tensor {name!r} is {shapes[name]}, config.json says {shape}")
+        if name not in shapes:
+            raise UserError(f"{folder}: tensor {name!r} is missing from the files")
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping: it has keys() and no iterator)
+            yield name, list(tensors.get_slice(name).get_shape())
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in _files(folder):
+        with _opened(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                yield key, tensors.get_tensor(key)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, which lie in its folder and nowhere else."""
+    names = [_SINGLE]
     if (folder / _INDEX).is_file():
-        names = sorted(set(_read_json(folder / _INDEX)["weight_map"].values()))
-    else:
-        names = [_SINGLE]
+        index = _read_json(folder / _INDEX)
+        table = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise UserError(f"{folder / _INDEX}: it has no weight_map of file names")
+        names = sorted(set(table.values()))
     for name in names:
-        file = folder / name
-        if not file.is_file():
+        if Path(name).name != name:
+            raise UserError(f"{folder / _INDEX}: {name!r} is not a file of this folder")
+        if not (folder / name).is_file():
             binary = " (it has .bin files: convert them to safetensors)" if any(folder.glob("*.bin")) else ""
             raise UserError(f"{folder}: {name} is missing{binary}")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping: it has keys() and no iterator)
-                    yield key, tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
+    return [folder / name for name in names]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from error
 
 

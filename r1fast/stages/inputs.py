@@ -17,6 +17,7 @@ from r1fast.model.tokenizer import apply_templates, decode, encode_completions, 
 from r1fast.model.weights import load
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.stages.steps import RandomState
+from r1fast.tasks.rows import read_jsonl
 from r1fast.types import Example, Problem, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
@@ -129,24 +130,18 @@ class PromptStream:
 def read_rows(path: Path) -> list[Example]:
     """Supervised rows of a JSONL file with `prompt` and `completion`; a bad line is named by file and number."""
     rows: list[Example] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read rows from {path}: {error.strerror}") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            example = Example(
-                prompt=row["prompt"],
-                completion=row["completion"],
-                task=row.get("task", path.stem),
-                meta=row.get("meta", {}),
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: not a row with `prompt` and `completion`: {error}") from error
-        rows.append(example)
+    for row, where in read_jsonl(path):
+        for key, kind, needed in (
+            ("prompt", str, True),
+            ("completion", str, True),
+            ("task", str, False),
+            ("meta", dict, False),
+        ):
+            if (needed or key in row) and not isinstance(row.get(key), kind):
+                what = "text" if kind is str else "an object"
+                raise UserError(f"{where}: not a row with `prompt` and `completion`: {key!r} must be {what}")
+        task, meta = row.get("task", path.stem), row.get("meta", {})
+        rows.append(Example(prompt=row["prompt"], completion=row["completion"], task=task, meta=meta))
     return rows
 
 
