@@ -15,13 +15,14 @@ from r1fast.model.tokenizer import set_template
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-VOCABULARY = 258
+ASCII = [*map(chr, range(33, 127)), "Ġ", "Ċ"]  # what a byte tokenizer calls the printable bytes, space and line end
 
 
 @cache
-def byte_tokenizer(template: str = "paper"):
-    """Every byte a token, so that any text is encoded and decodes to itself."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer(template: str = "paper", ascii_only: bool = False):
+    """Every byte a token, so that any text is encoded and decodes to itself. `ascii_only`: any tokens are then a text
+    that encodes to them, as those of a random model."""
+    alphabet = ASCII if ascii_only else sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([EOS, PAD, *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -31,15 +32,16 @@ def byte_tokenizer(template: str = "paper"):
 
 
 def random_checkpoint(folder: Path, positions: int = 4096) -> Path:
-    """A random Qwen2 of 258 tokens in Hugging Face format, written by transformers."""
+    """A random Qwen2 that says ASCII, in Hugging Face format, written by transformers."""
+    tokenizer = byte_tokenizer(ascii_only=True)
     config = transformers.Qwen2Config(
-        **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": positions},
         **{"eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": False, "initializer_range": 0.2},
     )
     torch.manual_seed(0)
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

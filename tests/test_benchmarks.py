@@ -7,17 +7,22 @@ from pathlib import Path
 
 import pytest
 from benchmark_rows import BASELINE, RIGHT, ROWS, WRONG, hidden
-from scripted import ScriptedSampler, byte_tokenizer
+from scripted import ScriptedSampler, byte_tokenizer, random_checkpoint
 
 from r1fast import rewards
 from r1fast.config import UserError
-from r1fast.evaluate import find_task, kind_of_rows
+from r1fast.evaluate import find_task, kind_of_rows, main
 from r1fast.schema import EvaluationConfig, SamplingConfig
 from r1fast.stages.evaluate import Evaluator
 from r1fast.tasks.benchmarks import TABLE, recognise
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 JUDGEABLE = [name for name in ROWS if TABLE[name].verifier in rewards.names()]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def written(path, rows):
@@ -281,3 +286,32 @@ def test_an_oracle_scores_everything_and_an_ignorant_model_nothing(file, name, c
     assert (wrong["problems"], wrong["pass@1"], wrong["errors"]) == (sampled, 0.0, 0)
     if name == "math500":
         assert len(right["categories"]) == 7 and sum(c["problems"] for c in right["categories"].values()) == 120
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("aime24", "aime24"), ("math500", "math500"), ("gsm8k", "gsm8k_test"), ("humaneval", "humaneval")],
+)
+def test_the_whole_command_on_the_projects_data(checkpoint, tmp_path, capsys, name, file):
+    """A random model: nothing is right, and every step of the way is taken."""
+    if not (DATA / f"{file}.jsonl").is_file():
+        pytest.skip(f"there is no {DATA / file}.jsonl")
+    out = tmp_path / "numbers.json"
+    command = [str(checkpoint), "--task", name, "--data", str(DATA / f"{file}.jsonl"), "--device", "cpu"]
+    assert main([*command, "--limit", "5", "--samples", "2", "--max-tokens", "12", "--out", str(out)]) == 0
+    found, told = json.loads(out.read_text()), capsys.readouterr().out
+    assert (found["problems"], found["samples"], found["pass@1"], found["errors"]) == (5, 2, 0.0, 0)
+    assert found["truncated"] > 0 and 0 < found["tokens"] <= 5 * 2 * 12 and "pass@2" in told
+    row = json.loads((DATA / f"{file}.jsonl").read_text().splitlines()[0])
+    asked = row.get("problem") or row.get("question") or row["prompt"]
+    assert asked.strip() in found["rows"][0]["prompt"] and len(found["rows"][4]["completions"]) == 2
+    if name == "math500":
+        assert sum(part["problems"] for part in found["categories"].values()) == 5 and "category" in told
+
+
+def test_the_page_names_every_benchmark_that_can_be_judged():
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = {name: line for line in page.splitlines() for name in TABLE if f"| `{name}` |" in line}
+    assert rows.keys() >= {name for name in TABLE if TABLE[name].verifier in rewards.names()}
+    for name, line in rows.items():
+        assert TABLE[name].title in line and f"`{TABLE[name].verifier}`" in line and f"`{TABLE[name].hub.name}`" in line
