@@ -51,7 +51,7 @@ class BenchmarkTask(Task):
         located = self._rows(config.path or default_path)
         if self.options.name == "arena_hard":
             located = self._with_baseline(located)
-        found = [self.benchmark.read(row, where, self.options) for row, where in located]
+        found = [self._read(row, where) for row, where in located]
         self.items = [item for item in found if item is not None]
         self.left_out = len(found) - len(self.items)
         if not self.items:
@@ -97,6 +97,13 @@ class BenchmarkTask(Task):
                 raise UserError(f"{where}: question {name} has no answer in {path}")
             joined.append(({**row, "baseline": answers[name]}, where))
         return joined
+
+    def _read(self, row: Mapping[str, Any], where: str) -> rows.Item | None:
+        try:
+            return self.benchmark.read(row, where, self.options)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+            what = f"{type(error).__name__}: {error}"[:200]
+            raise UserError(f"{where}: not a row in the form of {self.benchmark.title} ({what})") from None
 
     def _problem(self, number: int, item: rows.Item) -> Problem:
         text = self.benchmark.prompt.format(question=item.question, **item.parts)
