@@ -106,6 +106,28 @@ class RunLog:
         self.close()
 
 
+class NoLog:
+    """The log of a rank that does not write it: the same calls, and nothing comes of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self._began = Path(directory), time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        return None
+
+    event = sample = sync = keep_stages = rewind = close = _nothing
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_events(directory: Path) -> list[dict]:
     """The events of a run so far, oldest first; a line cut short by a crash is left out."""
     return list(read_rows(Path(directory) / EVENTS))

@@ -223,7 +223,30 @@ class LiveProgress:
         return Group(head, Text(f"  {state.facts()}"), Text(f"  {state.curve.draw()}", style="cyan"))
 
 
-def for_output(stages: Iterable[str]) -> LiveProgress | PlainProgress:
-    """The live display where standard output is a terminal, plain lines elsewhere."""
+class NoProgress:
+    """Of a rank that does not speak; what it must say all the same (its own hang) goes to standard error."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def _nothing(self, *_, **__) -> None:
+        pass
+
+    stage = update = note = finish = _nothing
+
+    def warn(self, text: str) -> None:
+        print(f"! rank {self._rank}: {text}", file=sys.stderr, flush=True)
+
+
+def for_output(stages: Iterable[str], rank: int = 0) -> LiveProgress | PlainProgress | NoProgress:
+    """The live display where standard output is a terminal, plain lines elsewhere; of several ranks the first's."""
+    if rank:
+        return NoProgress(rank)
     console = Console()
     return LiveProgress(stages, console) if console.is_terminal else PlainProgress(stages)

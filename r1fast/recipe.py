@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ from r1fast.config import UserError, dump_recipe
 from r1fast.device import choose_device, choose_dtype
 from r1fast.graph import dependents, edges, fingerprints, order, stage_seed
 from r1fast.heap import keep_freed_memory
-from r1fast.metrics import RunLog, write_atomically
+from r1fast.metrics import NoLog, RunLog, write_atomically
+from r1fast.parallel import world
 from r1fast.stages.context import SNAPSHOTS, StageContext
 from r1fast.stop import StopRequest
 from r1fast.summary import one_line, summarize
@@ -57,7 +59,7 @@ class _Run:
     fingerprints: dict[str, str]
     device: str
     dtype: str
-    log: RunLog
+    log: RunLog | NoLog
     progress: Progress
     stop: StopRequest
     done: dict[str, Path] = field(default_factory=dict)  # directories of the stages that later ones may read
@@ -79,13 +81,29 @@ def run(
     raised then, and nothing that was finished is lost. UserError before any work for everything that can be found wrong
     then, an existing run without either of the first two included.
     """
-    out = Path(out)
-    _may_write(out, resume, fresh)
+    out, place = Path(out), world()
+    place.on_first(lambda: _may_write(out, resume, fresh))
     tasks = check(recipe)
     device, dtype = resolve_device(recipe)
-    prints, names = fingerprints(recipe), order(recipe)
     for kind in {stage.kind for stage in recipe.stages.values()}:
         import_module(f"r1fast.stages.{kind}")  # all code of an hours-long run is read now, not as stages come
+    prints, names = place.on_first(lambda: fingerprints(recipe)), order(recipe)
+    redo = place.on_first(lambda: _prepare(recipe, out, prints, fresh))
+    with RunLog(out) if place.first else NoLog(out) as log:
+        log.keep_stages(names)
+        this = _Run(recipe, out, tasks, prints, device, dtype, log, progress, stop or StopRequest())
+        records = {}
+        for name in names:
+            records[name] = _do_stage(this, name) if name in redo else _reuse_stage(this, name)
+            this.done[name] = out / STAGES / name
+        summary = summarize(recipe, [records[name] for name in names], out, log.seconds, device)
+        if place.first:
+            write_atomically(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _prepare(recipe: RecipeConfig, out: Path, prints: Mapping[str, str], fresh: bool) -> set[str]:
+    """The run directory made ready, and the stages that are to be run in it."""
     if fresh:
         _remove_run(out)
     redo = stages_to_do(recipe, out, prints)
@@ -96,16 +114,7 @@ def run(
     for stale in (SUMMARY, "report.html"):
         (out / stale).unlink(missing_ok=True)
     write_atomically(out / CONFIG, dump_recipe(recipe))
-    with RunLog(out) as log:
-        log.keep_stages(names)
-        this = _Run(recipe, out, tasks, prints, device, dtype, log, progress, stop or StopRequest())
-        records = {}
-        for name in names:
-            records[name] = _do_stage(this, name) if name in redo else _reuse_stage(this, name)
-            this.done[name] = out / STAGES / name
-        summary = summarize(recipe, [records[name] for name in names], out, log.seconds, device)
-        write_atomically(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    return summary
+    return redo
 
 
 # -- the run directory --------------------------------------------------------------------------------------------
@@ -213,10 +222,25 @@ def _do_stage(this: _Run, name: str) -> dict[str, Any]:
     """Runs one stage, from its newest snapshot or in an empty directory, and writes its record."""
     from r1fast.stages import run_stage
 
-    stage = this.recipe.stages[name]
-    directory = this.out / STAGES / name
     context = _context(this, name)
-    described = {"stage": name, "kind": stage.kind, "from": getattr(stage, "from_", None)}
+    described = {"stage": name, "kind": context.stage.kind, "from": getattr(context.stage, "from_", None)}
+    world().on_first(lambda: _begin(this, context, described))
+    _seed_everything(context.seed)
+    try:
+        outcome = run_stage(context)
+    except BaseException as error:  # told in the log, then the caller's affair: nothing is swallowed
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        this.log.event(event="stage", status=status, seconds=context.seconds(), error=repr(error), **described)
+        raise
+    record = world().on_first(lambda: _end(this, context, outcome))
+    this.log.event(event="stage", status="finished", seconds=record["seconds"], **described)
+    this.progress.finish(one_line(record))
+    return record
+
+
+def _begin(this: _Run, context: StageContext, described: Mapping[str, Any]) -> None:
+    """The stage's directory and log as they must be before its first step."""
+    name, directory = context.name, context.directory
     # The record goes before the log lines do: killed in between, a stage without lines must not be taken as done.
     (directory / RECORD).unlink(missing_ok=True)
     if context.resume is None:
@@ -227,24 +251,21 @@ def _do_stage(this: _Run, name: str) -> dict[str, Any]:
     else:
         this.log.rewind(name, context.resume.notes["lines"])
         this.log.event(event="stage", status="resumed", step=context.resume.step, **described)
-    _seed_everything(context.seed)
-    try:
-        outcome = run_stage(context)
-    except BaseException as error:  # told in the log, then the caller's affair: nothing is swallowed
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        this.log.event(event="stage", status=status, seconds=context.seconds(), error=repr(error), **described)
-        raise
-    record = _record(this, name, outcome, context.seconds())
-    write_atomically(directory / RECORD, json.dumps(record, indent=1, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _end(this: _Run, context: StageContext, outcome: StageOutcome) -> dict[str, Any]:
+    """The record, as it reads from the disk."""
+    record = _record(this, context.name, outcome, context.seconds())
+    text = json.dumps(record, indent=1, ensure_ascii=False, default=_plain) + "\n"
+    write_atomically(context.directory / RECORD, text)
     shutil.rmtree(context.snapshots, ignore_errors=True)  # after the record: a kill in between costs nothing
-    this.log.event(event="stage", status="finished", seconds=record["seconds"], **described)
-    this.progress.finish(one_line(record))
-    return read_record(this.out, name)
+    return read_record(this.out, context.name)
 
 
 def _context(this: _Run, name: str) -> StageContext:
     directory = this.out / STAGES / name
-    key = {"fingerprint": this.fingerprints[name], "read": _marks(this.out, _sources(this.recipe, name))}
+    read = world().on_first(lambda: _marks(this.out, _sources(this.recipe, name)))
+    key = {"fingerprint": this.fingerprints[name], "read": read}
     context = StageContext(
         name=name,
         stage=this.recipe.stages[name],
@@ -260,7 +281,8 @@ def _context(this: _Run, name: str) -> StageContext:
         stop=this.stop,
         snapshot_key=key,
     )
-    found = snapshot.newest(context.snapshots, lambda notes: _may_go_on(this.log, name, key, notes), this.progress.warn)
+    usable = partial(_may_go_on, this.log, name, key)
+    found = world().on_first(lambda: snapshot.newest(context.snapshots, usable, this.progress.warn))
     return replace(context, resume=found)
 
 
@@ -291,7 +313,7 @@ def _record(this: _Run, name: str, outcome: StageOutcome, seconds: float) -> dic
 
 
 def _reuse_stage(this: _Run, name: str) -> dict[str, Any]:
-    record = read_record(this.out, name)
+    record = world().on_first(lambda: read_record(this.out, name))
     this.log.event(
         event="stage",
         stage=name,

@@ -4,6 +4,7 @@ recipe.py. Nothing heavy is imported before the arguments are right, so that --h
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -83,28 +84,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return train(recipe, out, options, argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several ranks that found the same, one says it
+            print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
 def train(recipe: RecipeConfig, out: Path, options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Runs, then prints the stage table and writes the report; tells how to resume when interrupted."""
+    from r1fast.device import choose_device
     from r1fast.graph import order
+    from r1fast.parallel import World, joined
     from r1fast.progress import for_output
     from r1fast.recipe import run, told_before_resuming
     from r1fast.stop import Stalled, Stopped, StopRequest
     from r1fast.watchdog import STALLED
 
-    if options.resume and (told := told_before_resuming(recipe, out)):
+    place = World(int(os.environ.get("RANK", "0")))  # as torchrun says; until the ranks have joined
+    if place.first and options.resume and (told := told_before_resuming(recipe, out)):
         print(f"note: {told}", file=sys.stderr)
     try:
-        with for_output(order(recipe)) as progress, StopRequest(progress.warn).listening() as stop:
+        with (
+            joined(choose_device(recipe.device)) as place,
+            for_output(order(recipe), place.rank) as progress,
+            StopRequest(progress.warn).listening() as stop,
+        ):
             summary = run(recipe, out, progress=progress, resume=options.resume, fresh=options.fresh, stop=stop)
     except KeyboardInterrupt as ended:
         if isinstance(ended, Stalled):
             print(f"\nerror: {ended}", file=sys.stderr)
-        _tell_interrupted(out, argv)
+        if place.first:
+            _tell_interrupted(out, argv)
         return STOPPED if isinstance(ended, Stopped) else STALLED if isinstance(ended, Stalled) else INTERRUPTED
+    if not place.first:
+        return 0
     from rich.console import Console
 
     from r1fast.summary import table

@@ -1,6 +1,7 @@
 """Holds the arrows of the house: what each part may import, read from the sources themselves.
 
-    csrc < kernels < {types, schema, config, metrics, progress, device, heap, snapshot, stop, watchdog}
+    csrc < kernels < {types, schema, config, metrics, progress, device, heap, snapshot, stop, watchdog,
+          parallel}
          < {model, rewards, tasks} < {rollout, learn}
          < stages < {graph, check, recipe, plan, summary} < {train, evaluate, generate, report, decontaminate}
 
@@ -18,7 +19,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("r1fast_kernels",),
-    ("types", "schema", "config", "metrics", "progress", "device", "heap", "plugins", "snapshot", "stop", "watchdog"),
+    (
+        *("types", "schema", "config", "metrics", "progress", "device", "heap", "plugins"),
+        *("snapshot", "stop", "watchdog", "parallel"),
+    ),
     ("model", "rewards", "tasks"),
     ("rollout", "learn"),
     ("stages",),
@@ -29,7 +33,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Plain Python, tested as such, and quick to import: --help and the report must not wait for torch.
 WITHOUT_TORCH = (
     *("r1fast.config", "r1fast.schema", "r1fast.types", "r1fast.metrics", "r1fast.progress", "r1fast.graph"),
-    *("r1fast.snapshot", "r1fast.stop", "r1fast.watchdog"),
+    *("r1fast.snapshot", "r1fast.stop", "r1fast.watchdog", "r1fast.parallel"),
     *("r1fast.tasks", "r1fast.rewards", "r1fast.rollout.scheduler", "r1fast.rollout.kv_cache", "r1fast.train"),
 )
 

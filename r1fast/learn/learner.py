@@ -16,6 +16,7 @@ import torch
 from r1fast.learn.optimizer import Schedule, build_optimizer
 from r1fast.learn.policy import train_policy
 from r1fast.model.decoder import Decoder
+from r1fast.parallel import world
 from r1fast.types import StepStats
 
 if TYPE_CHECKING:
@@ -55,15 +56,26 @@ class Learner:
     train_policy = train_policy  # one set of rollouts: all its optimizer steps
 
     def accumulate(self, batches: Sequence[PackedBatch], loss: Loss) -> Accumulated:
-        """Zeroes the gradient and adds that of every micro-batch. The weights stay as they are."""
+        """Zeroes the gradient and adds that of every micro-batch. The weights stay as they are.
+
+        Of several ranks each takes a share of the micro-batches; gradients and what was told are then everybody's."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses, stats = [], []
-        for batch in batches:
-            value, told = loss(self.model, batch)
-            value.backward()
-            losses.append(value.detach())
-            stats.append(told)
-        return Accumulated(losses, stats, sum(batch.tokens.shape[0] for batch in batches))
+        costs = [batch.tokens.shape[0] for batch in batches]
+
+        def share(own: list[PackedBatch]) -> list[tuple[Tensor, BatchStats | None]]:
+            found = []
+            for batch in own:
+                value, told = loss(self.model, batch)
+                value.backward()
+                found.append((value.detach(), told))
+            return found if world().size == 1 else [_moved(one, "cpu") for one in found]
+
+        found = world().map(batches, share, costs)
+        if world().size > 1:
+            world().add(self._gradients())
+            found = [_moved(one, self.parameters[0].device) for one in found]
+        return Accumulated([value for value, _ in found], [told for _, told in found], sum(costs))
+
 
     def apply(self, step: Accumulated) -> StepStats:
         """Clips and steps, unless something is not finite: then the step is counted as skipped and nothing changes.
@@ -131,3 +143,9 @@ class Learner:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
+
+
+def _moved(found: tuple[Tensor, BatchStats | None], device: torch.device | str) -> tuple[Tensor, BatchStats | None]:
+    """What a micro-batch told, on `device`."""
+    value, told = found
+    return value.to(device), told if told is None else type(told)(*(part.to(device) for part in told))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from r1fast.learn.packing import epochs_of, layout, plan
+from r1fast.parallel import world
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ def preference_step(learner: Learner, batches: Sequence[ScoredBatch], loss: Pref
         return value, None
 
     stats = learner.step(batches, told)
-    return stats, float(torch.stack(right).sum()) * batches[0].weight
+    return stats, sum(world().gather(sum(map(float, right)))) * batches[0].weight
 
 
 def pairwise_steps(

@@ -26,6 +26,7 @@ from r1fast.config import UserError
 from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import ARCHITECTURES, DecoderConfig, token_ids
 from r1fast.model.reward_model import RewardModel
+from r1fast.parallel import world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -287,6 +288,8 @@ def _write(
     path: Path,
     changes: dict[str, Any],
 ) -> None:
+    if not world().first:  # every rank holds the same weights
+        return
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.writing-{os.getpid()}"

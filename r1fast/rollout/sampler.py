@@ -5,9 +5,9 @@ of the prompts that the scheduler admits and launches the samples of each comple
 the other decodes one token of every running sequence.
 
 Draws. Sample s of a prompt draws token t from noise keyed by (seed, prompt, s, t), where `prompt` names the prompt's
-tokens (and, among equal prompts of one call, which of them it is). So a request's tokens depend neither on what else is
-in the call or batch, nor on chunks, preemptions or the size of the pool; its log-probabilities may differ in the last
-bits, as products of other shapes round differently.
+tokens (and, among equal prompts of one seed in a call, which of them it is). So a request's tokens depend neither on
+what else is in the call or batch, nor on chunks, preemptions or the size of the pool; its log-probabilities may differ
+in the last bits, as products of other shapes round differently.
 
 Memory. The pool holds `kv_blocks` blocks, or, where that is None, enough for `max_seqs` sequences of the call's longest
 prompt and completion without any sharing, but at most half of the memory that is free when it is made (and never less
@@ -175,7 +175,8 @@ class Sampler:
                 )
             stops = (*self.eos_token_ids, *_stop_tokens(one.stop_token_ids, vocabulary, f"{name}: stop_token_ids"))
             stop_set = call.stop_sets.setdefault(tuple(sorted(set(stops))), len(call.stop_sets))
-            earlier = seen[tokens] = seen.get(tokens, -1) + 1
+            same = tokens, one.seed
+            earlier = seen[same] = seen.get(same, -1) + 1
             key = _key(tokens, earlier)
             draw = (request.limit, stop_set, one.seed, key, one.temperature, one.top_k, one.top_p)
             call.requests.append(request)

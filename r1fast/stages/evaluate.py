@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from r1fast import rewards
+from r1fast.parallel import world
 from r1fast.rewards.scoring import score
 from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample, unscored
 from r1fast.stages.context import StageOutcome
@@ -144,15 +145,20 @@ class Evaluator:
                 answers.keep(part, prompt.id, scored, scored=True)
 
         prompts = encode_problems(problems, self.tokenizer, self.max_length, sampling)
-        with Judging(judge) as judging:
-            missing = [p for p in prompts if answers.scored(part, p.id) is None]
-            for prompt in missing:
-                if (drawn := answers.drawn(part, prompt.id)) is not None:
-                    judging.add(Answered(prompt, drawn))
-            for group in self._draw([p for p in missing if answers.drawn(part, p.id) is None], prompts, sampling, n):
-                answers.keep(part, group.prompt.id, unscored(group), scored=False)
-                judging.add(Answered(group.prompt, unscored(group)))
-        return Measured([Answered(prompt, answers.scored(part, prompt.id)) for prompt in prompts])
+
+        def answer(own: list[Prompt]) -> list[Answered]:
+            with Judging(judge) as judging:
+                missing = [p for p in own if answers.scored(part, p.id) is None]
+                for prompt in missing:
+                    if (drawn := answers.drawn(part, prompt.id)) is not None:
+                        judging.add(Answered(prompt, drawn))
+                wanted = [p for p in missing if answers.drawn(part, p.id) is None]
+                for group in self._draw(wanted, prompts, sampling, n):
+                    answers.keep(part, group.prompt.id, unscored(group), scored=False)
+                    judging.add(Answered(group.prompt, unscored(group)))
+            return [Answered(prompt, answers.scored(part, prompt.id)) for prompt in own]
+
+        return Measured(world().map(prompts, answer, [1.0] * len(prompts)))
 
     def _draw(
         self, wanted: list[Prompt], prompts: list[Prompt], sampling: SamplingConfig, n: int
@@ -175,7 +181,8 @@ class Evaluator:
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
         """Shares that the task itself defines (helpfulness, refusal), over held-out prompts, and the samples."""
         values: dict[str, list[float]] = defaultdict(list)
-        groups = self.sample(task.problems("test", limit, SEED), sampling, GENERAL_SAMPLES)
+        problems = task.problems("test", limit, SEED)
+        groups = world().map(problems, lambda own: self.sample(own, sampling, GENERAL_SAMPLES), [1.0] * len(problems))
         for group in groups:
             for rollout in group.rollouts:
                 for name, value in task.measure(group.prompt.meta, rollout.text).items():
@@ -253,7 +260,10 @@ def log_evaluation(
 
 
 def _answer_file(ctx: StageContext) -> AnswerFile:
-    return AnswerFile(ctx.directory / ANSWERS, {"stage": ctx.name, **ctx.snapshot_key})
+    """Each rank has its own: it draws and judges its share of the problems."""
+    place = world()
+    name = ANSWERS if place.first else f"answers-{place.rank}.jsonl"
+    return AnswerFile(ctx.directory / name, {"stage": ctx.name, "ranks": place.size, **ctx.snapshot_key})
 
 
 def evaluate_stage(ctx: StageContext, model, tokenizer, step: int, sampler: Sampler | None = None) -> dict | None:

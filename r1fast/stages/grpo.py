@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from r1fast.learn.advantages import informative, overlong_penalty
 from r1fast.learn.learner import Learner
 from r1fast.metrics import PhaseTimer
 from r1fast.model.weights import clone, copy_weights, save
+from r1fast.parallel import world
 from r1fast.rewards.scoring import score
 from r1fast.stages.alarms import Alarms
 from r1fast.stages.context import StageOutcome
@@ -28,6 +30,7 @@ from r1fast.stages.reward_model import PreferenceReward
 from r1fast.stages.steps import PolicyState, RandomState, Steps
 
 if TYPE_CHECKING:
+    from r1fast.rollout.sampler import SamplingParams
     from r1fast.schema import GRPOStage, MixEntry
     from r1fast.stages.context import StageContext
     from r1fast.stages.steps import Stateful
@@ -138,19 +141,34 @@ class GRPOStageRun:
         for source, number in zip(self.sources, counts, strict=True):
             prompts += source.stream.take(number)
             owner += [source] * number
-        known = self.journal.read(step, round_, prompts)
+        known = world().on_first(lambda: self.journal.read(step, round_, prompts))
         if known is not None:
             return known
         began = time.monotonic()
         seed = (self.ctx.seed * 1_000_003 + step * 101 + round_) % 2**62
-        params = sampling_params(self.stage.sampling, self.stage.group_size, seed)
-        with self.timer("sample"):
-            groups = sample_texts(self.sampler, prompts, params, self.tokenizer)
-        with self.timer("score"):
-            groups = self._score(groups, owner)
-        if time.monotonic() - began >= self.ctx.recipe.checkpoint.rollout_seconds:
+        params = self._params(prompts, seed)
+
+        def draw(own: list[int]) -> list[RolloutGroup]:
+            with self.timer("sample"):
+                groups = sample_texts(
+                    self.sampler, [prompts[i] for i in own], [params[i] for i in own], self.tokenizer
+                )
+            with self.timer("score"):
+                return self._score(groups, [owner[i] for i in own])
+
+        groups = world().map(range(count), draw, [1.0] * count)
+        if world().first and time.monotonic() - began >= self.ctx.recipe.checkpoint.rollout_seconds:
             self.journal.write(step, round_, groups)
         return groups
+
+    def _params(self, prompts: list[Prompt], seed: int) -> list[SamplingParams]:
+        """One for each prompt: a prompt that comes again has a seed of its own, whichever ranks draw the two."""
+        turns: Counter[tuple[int, ...]] = Counter()
+        found = []
+        for prompt in prompts:
+            found.append(sampling_params(self.stage.sampling, self.stage.group_size, seed + turns[prompt.tokens] * 31))
+            turns[prompt.tokens] += 1
+        return found
 
     def _score(self, groups: list[RolloutGroup], owner: list[Source]) -> list[RolloutGroup]:
         scored: list[RolloutGroup | None] = [None] * len(groups)

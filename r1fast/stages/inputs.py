@@ -15,6 +15,7 @@ from r1fast.config import UserError
 from r1fast.learn.packing import Row, row_from_example
 from r1fast.model.tokenizer import apply_templates, decode, encode_completions, eos_token_ids, set_template
 from r1fast.model.weights import load
+from r1fast.parallel import world
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.stages.steps import RandomState
 from r1fast.tasks.rows import read_jsonl
@@ -83,7 +84,10 @@ def sampling_params(config: SamplingConfig, n: int, seed: int, **changes) -> Sam
 
 
 def sample_texts(
-    sampler: Sampler, prompts: list[Prompt], params: SamplingParams, tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler,
+    prompts: list[Prompt],
+    params: SamplingParams | list[SamplingParams],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[RolloutGroup]:
     """Sampled groups, in the order of the prompts, with each completion's text filled in."""
     return [with_texts(group, tokenizer) for group in sampler.sample(prompts, params)]
@@ -146,6 +150,8 @@ def read_rows(path: Path) -> list[Example]:
 
 
 def write_rows(path: Path, rows: list[Example]) -> None:
+    if not world().first:  # every rank holds the same rows
+        return
     lines = (
         json.dumps(
             {"prompt": r.prompt, "completion": r.completion, "task": r.task, "meta": dict(r.meta)}, ensure_ascii=False

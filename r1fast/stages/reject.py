@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
+from r1fast.parallel import world
 from r1fast.rewards.scoring import readable, score
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.inputs import (
@@ -29,7 +30,7 @@ from r1fast.types import Example
 if TYPE_CHECKING:
     from r1fast.schema import RejectStage
     from r1fast.stages.context import StageContext
-    from r1fast.types import Rollout, RolloutGroup
+    from r1fast.types import Prompt, Rollout, RolloutGroup
 
 CHUNK = 256  # prompts sampled between two updates of the progress bar
 
@@ -94,12 +95,16 @@ def run(ctx: StageContext) -> StageOutcome:
     kinds = dict.fromkeys(["accuracy", "format", "language", *stage.require], 1.0)
     for chunk in loop:
         start = (chunk - 1) * CHUNK
-        with timer("sample"):
-            params = sampling_params(stage.sampling, stage.samples, ctx.seed + start)
-            groups = sample_texts(sampler, prompts[start : start + CHUNK], params, tokenizer)
-        with timer("score"):
-            groups = score(groups, kinds, task.verifier, pool=ctx.pool)
-        tokens = 0
+        params = sampling_params(stage.sampling, stage.samples, ctx.seed + start)
+
+        def draw(own: list[Prompt], params=params) -> list[RolloutGroup]:
+            with timer("sample"):
+                groups = sample_texts(sampler, own, params, tokenizer)
+            with timer("score"):
+                return score(groups, kinds, task.verifier, pool=ctx.pool)
+
+        part = prompts[start : start + CHUNK]
+        groups, tokens = world().map(part, draw, [1.0] * len(part)), 0
         for group in groups:
             found.rows += keep(group, stage, found.dropped)
             tokens += sum(len(r.tokens) for r in group.rollouts)

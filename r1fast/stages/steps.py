@@ -23,6 +23,7 @@ import torch
 from r1fast import snapshot
 from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
+from r1fast.parallel import world
 from r1fast.stages.nonfinite import Nonfinite
 from r1fast.stop import Stopped
 from r1fast.watchdog import Watchdog
@@ -119,9 +120,10 @@ class Steps:
                     yield step
                     self.done = step
                     healthy = self._bad.look(step)
-                    if healthy and (stop.requested or self._due()):
+                    ends, due = world().any(stop.requested, self._due())
+                    if healthy and (ends or due):
                         self.save()
-                if stop.requested:
+                if ends:
                     raise Stopped
 
     def _due(self) -> bool:
@@ -134,6 +136,9 @@ class Steps:
     def save(self) -> None:
         """A snapshot of the state as it is now."""
         ctx = self._ctx
+        self.saved, self._saved_at = self.done, time.monotonic()
+        if not world().first:  # every rank holds the same
+            return
         ctx.log.sync()
         state = {name: part.state_dict() for name, part in self._state.items()}
         notes = {**ctx.snapshot_key, "stage": ctx.name, "lines": ctx.log.lines(ctx.name), "seconds": ctx.seconds()}
@@ -142,7 +147,6 @@ class Steps:
             torch.save(state, file)
 
         snapshot.write(ctx.snapshots, self.done, {STATE: write}, notes, self._config.keep)
-        self.saved, self._saved_at = self.done, time.monotonic()
 
     def _restore(self, found: snapshot.Snapshot) -> None:
         state = torch.load(found.file(STATE), map_location="cpu", weights_only=True)

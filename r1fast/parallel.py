@@ -1,0 +1,171 @@
+"""Many processes as one: who does which part, and how each comes to know all of it.
+
+Started by torchrun, every rank runs the same program on the same state; what is dear is split. Sampling, scoring and
+log-probs are split by `share` and put together by `collect`, gradients by adding them up, so that after each step every
+rank holds the same numbers and takes the same decisions. With one process all of it is free of cost and of torch's
+process group.
+
+The engine is torch.distributed: NCCL between GPUs, gloo between CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from r1fast.config import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may differ by a long response, not by more
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among `size`. The methods are collectives: every rank must call them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, costs: Sequence[float]) -> list[list[int]]:
+        """Which items each rank takes, of these costs: the dearest first, each to whoever has the least so far.
+
+        The same on every rank, and each rank's items in their order. (No collective.)"""
+        loads, taken = [0.0] * self.size, [[] for _ in range(self.size)]
+        for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[item]
+            taken[rank].append(item)
+        return [sorted(items) for items in taken]
+
+    def map(
+        self, items: Sequence[Item], work: Callable[[list[Item]], list[Result]], costs: Sequence[float]
+    ) -> list[Result]:
+        """`work` of all items, in their order, on every rank; each rank does a share of it.
+
+        A rank whose share is empty does nothing. What one rank raises is raised on all: none is left waiting."""
+        if self.size == 1:
+            return work(list(items))
+        shares = self.share(costs)
+        failed, done = None, []
+        try:
+            done = work([items[i] for i in shares[self.rank]]) if shares[self.rank] else []
+        except Exception as error:  # told to all below
+            failed = error
+        parts = self.gather((failed and f"{type(failed).__name__}: {failed}", isinstance(failed, UserError), done))
+        if failed is not None:
+            raise failed
+        for rank, (why, users, _) in enumerate(parts):
+            if why is not None:
+                raise UserError(why.split(": ", 1)[1]) if users else RuntimeError(f"rank {rank} failed: {why}")
+        results: list[Any] = [None] * len(items)
+        for share, (_, _, part) in zip(shares, parts, strict=True):
+            for i, result in zip(share, part, strict=True):
+                results[i] = result
+        return results
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank. Plain values and CPU tensors: it is pickled between the ranks of a run."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives on the first rank, on every rank; the others only wait. Errors as of `map`."""
+        return self.map([None], lambda own: [work() for _ in own], [1.0])[0]
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether some rank has it set."""
+        if self.size == 1:
+            return flags
+        return tuple(map(any, zip(*self.gather(flags), strict=True)))
+
+    def add(self, tensors: Sequence[Any]) -> None:
+        """Replaces each tensor by the sum over all ranks, in place and in buckets."""
+        if self.size == 1 or not tensors:
+            return
+        import torch
+        import torch.distributed as dist
+
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+_BUCKET = 64 << 20  # bytes; one message of this size is as fast as any, and the copy stays small
+
+
+def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+    """Consecutive tensors of one dtype, together at most _BUCKET bytes or a single one."""
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > _BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    yield bucket
+
+
+def world() -> World:
+    """This process's place; the only one where no process group has been joined."""
+    if not os.environ.get("WORLD_SIZE"):
+        return World()
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several (or of one)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Within the block this process is one of those that torchrun started; alone where it was not started so.
+
+    device: "cuda" takes one GPU for each process of a machine (LOCAL_RANK), "cpu" talks over gloo."""
+    if not launched():
+        yield World()
+        return
+    import torch
+    import torch.distributed as dist
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started {local + 1} or more processes here, but the machine has "
+                f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield world()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,172 @@
+"""Many ranks do what one does: the same shares everywhere, the same losses and weights, errors that reach all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from micro_run import run_micro_stages
+from ranks import free_port, run_ranks
+from test_resume import STAGES
+
+from r1fast.metrics import read_events
+from r1fast.parallel import World
+
+# -- one rank's view --------------------------------------------------------------------------------------------------
+
+
+def test_shares_hold_every_item_once_and_are_even():
+    costs = [9, 1, 1, 1, 4, 4, 3, 1]
+    shares = World(0, 3).share(costs)
+    assert sorted(i for share in shares for i in share) == list(range(8))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) == 9 and min(loads) >= 7
+    assert World(2, 3).share(costs) == shares
+
+
+def test_one_rank_does_all_without_a_process_group():
+    place = World()
+    assert place.map([3, 1, 2], lambda own: [x * x for x in own], [1, 1, 1]) == [9, 1, 4]
+    assert place.gather("x") == ["x"] and place.any(True, False) == (True, False)
+    assert place.on_first(lambda: 5) == 5
+    x = torch.ones(3)
+    place.add([x])
+    assert x.tolist() == [1, 1, 1]
+
+
+# -- several ----------------------------------------------------------------------------------------------------------
+
+COLLECTIVES = """
+import torch
+items = list(range(7))
+squares = place.map(items, lambda own: [(x * x, place.rank) for x in own], [1.0] * 7)
+tensors = [torch.full((3, 2), float(place.rank + 1)), torch.ones(4, dtype=torch.float64) * place.rank]
+place.add(tensors)
+def fail(own):
+    if 2 in own:
+        raise ValueError("of one rank")
+    return own
+try:
+    place.map(items, fail, [1.0] * 7)
+    told = None
+except Exception as error:
+    told = type(error).__name__, str(error)
+flags = place.any(place.rank == 1, False)
+result = squares, [t.tolist() for t in tensors], told, flags, place.on_first(lambda: place.rank)
+"""
+
+
+def test_collectives():
+    found = run_ranks(2, COLLECTIVES)
+    for squares, tensors, told, flags, first in found:
+        assert [value for value, _ in squares] == [x * x for x in range(7)]
+        assert {rank for _, rank in squares} == {0, 1}
+        assert tensors == [[[3.0, 3.0]] * 3, [1.0] * 4]
+        assert "of one rank" in told[1]
+        assert (flags, first) == ((True, False), 0)
+    assert {told[0] for _, _, told, _, _ in found} == {"ValueError", "RuntimeError"}
+
+
+LEARN = """
+from learning import train
+result = train(*arguments)
+"""
+
+
+@pytest.mark.parametrize(("size", "objective"), [(2, {"kl_coef": 0.05, "aggregate": "token"}), (4, {"kl_coef": 0.0})])
+def test_ranks_give_the_losses_and_weights_of_one(size, objective):
+    """In float64, where only the order of sums differs."""
+    from learning import train
+
+    losses, weights, difference = train(objective)
+    for other_losses, other_weights, other_difference in run_ranks(size, LEARN, objective):
+        assert other_losses == pytest.approx(losses, abs=1e-9)
+        assert other_difference == pytest.approx(difference, abs=1e-6)
+        for ours, theirs in zip(weights, other_weights, strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-9)
+    assert len({round(loss, 6) for loss in losses}) > 1
+
+
+# -- the command under torchrun ---------------------------------------------------------------------------------------
+
+SETTINGS = {"checkpoint": {"steps": 1, "minutes": 0, "rollout_seconds": 0}}
+
+
+@pytest.fixture(scope="module")
+def one(micro, tmp_path_factory):
+    """(recipe, directory of its run by one process)."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    grpo = {**STAGES["grpo"], "mini_batches": 1, "evaluate": True}
+    stages = {"sft": {**STAGES["sft"], "micro_batch_tokens": 64}, "grpo": grpo, "reject": STAGES["reject"]}
+    run_micro_stages(out, micro, stages, SETTINGS)
+    return out / "config.yaml", out
+
+
+def torchrun(ranks: int, out, recipe, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", "r1fast.train", str(recipe)]
+    command += ["--out", str(out), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def same_results(out, whole) -> None:
+    from safetensors.torch import load_file
+
+    for stage in ("sft", "grpo"):
+        ours, theirs = (
+            load_file(place / "stages" / stage / "checkpoint" / "model.safetensors") for place in (out, whole)
+        )
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2e-4)
+    rewards = [[e["reward"] for e in read_events(place) if e.get("kind") == "grpo" and e["event"] == "step"]
+               for place in (out, whole)]  # fmt: skip
+    assert rewards[0][:2] == rewards[1][:2]  # later ones may differ by a token that rounding decides
+    found = [json.loads((place / "summary.json").read_text())["stages"] for place in (out, whole)]
+    assert [s["name"] for s in found[0]] == [s["name"] for s in found[1]]
+
+
+def test_the_command_under_torchrun(one, tmp_path):
+    recipe, whole = one
+    process = torchrun(2, tmp_path / "run", recipe)
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, told
+    same_results(tmp_path / "run", whole)
+    assert told.count("report:") == 1  # one rank speaks
+
+
+def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_another_number(one, tmp_path):
+    recipe, whole = one
+    out = tmp_path / "run"
+    process = torchrun(2, out, recipe)
+    log, waited = out / "metrics.jsonl", time.monotonic() + 120
+    while not (log.is_file() and '"kind": "grpo", "step": 2,' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < waited
+        time.sleep(0.01)
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(listed.stdout.split()[-1]), signal.SIGKILL)
+    told = process.communicate(timeout=90)[0]
+    assert process.returncode != 0 and "Signal 9" in told
+    steps = list((out / "stages" / "grpo" / "snapshots").iterdir())
+    assert steps
+    process = torchrun(1, out, recipe, "--resume")
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, told
+    assert [e["status"] for e in read_events(out) if e["event"] == "stage" and e["stage"] == "grpo"][:2] == [
+        "started",
+        "resumed",
+    ]
+    same_results(out, whole)
+
+
+def test_a_mistake_is_said_once(one, tmp_path):
+    recipe, _ = one
+    process = torchrun(2, tmp_path / "run", recipe, "stages.grpo.mix.0.task=nothing")
+    told = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and told.count("error: ") == 1, told
