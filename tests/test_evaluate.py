@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from micro_run import run_micro_stages
 
 from r1fast.evaluate import find_task, kind_of_rows, main
+from r1fast.metrics import read_events
 from r1fast.rollout.sampler import Sampler
 
 
@@ -81,6 +83,39 @@ def test_an_interrupted_command_goes_on_with_the_same_numbers(micro, tmp_path, c
     whole, parts = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
     assert {**whole, "seconds": 0} == {**parts, "seconds": 0}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "whole.json"]
+
+
+def test_an_interrupted_stage_of_a_recipe_goes_on_with_the_same_numbers(micro, tmp_path, monkeypatch):
+    """The kind `evaluate`, and the evaluation behind another stage; each is stopped in the middle of its samples."""
+    stages = {
+        "exam": {"kind": "evaluate"},
+        "sft": {"kind": "sft", "data": [{"task": "totals", "limit": 64}], "batch_examples": 16, "epochs": 1},
+    }
+    whole = run_micro_stages(tmp_path / "whole", micro, stages)
+    stream, drawn, told = Sampler.stream, [], []
+
+    def stopping(self, prompts, params):
+        for found in stream(self, prompts, params):
+            if len(told) < 2 and len(drawn) % 50 == 20:
+                told.append(len(drawn))
+                drawn.append(None)
+                raise KeyboardInterrupt
+            drawn.append(found[1].prompt.id)
+            yield found
+
+    monkeypatch.setattr(Sampler, "stream", stopping)
+    for attempt in range(3):
+        if attempt < 2:
+            with pytest.raises(KeyboardInterrupt):
+                run_micro_stages(tmp_path / "parts", micro, stages, resume=attempt > 0)
+        else:
+            parts = run_micro_stages(tmp_path / "parts", micro, stages, resume=True)
+    per_stage = 4 * 32  # the protocol's own samples, at temperature 1, greedy, and of general prompts
+    assert len([one for one in drawn if one]) == 2 * per_stage and len(told) == 2
+    for left, right in zip(whole["stages"], parts["stages"], strict=True):
+        assert {**left["evaluation"], "seconds": 0} == {**right["evaluation"], "seconds": 0}
+    lines = [[r for r in read_events(tmp_path / n) if r["event"] == "evaluation"] for n in ("whole", "parts")]
+    assert len(lines[0]) == len(lines[1]) == 2
 
 
 @pytest.mark.parametrize(
