@@ -40,6 +40,7 @@ def parser() -> CommandParser:
     )
     p.add_argument("--limit", type=int, metavar="N", help="problems (default: all of a file, else 256)")
     p.add_argument("--template", choices=["paper", "checkpoint", "words"], default=None, help="default: checkpoint's")
+    p.add_argument("--sandbox", choices=["bubblewrap", "rlimits"], default="bubblewrap", help="for programs")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers and every completion")
@@ -116,12 +117,25 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: give a file in a directory that exists")
 
 
+def _can_judge(task, sandbox: str) -> None:
+    """UserError where the task's verifiers cannot be used on this machine, before the model is read."""
+    from r1fast import rewards
+    from r1fast.schema import RewardsConfig
+
+    rewards.configure(RewardsConfig(sandbox=sandbox))
+    for name in (task.verifier, *task.beside):
+        if (why := rewards.get(name).why_not()) is not None:
+            raise UserError(f"task {task.name!r} is judged by the reward {name!r}: {why}")
+
+
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The numbers, and a row for every problem with its completions."""
     _check(args)
     task = find_task(args.task, args.data, args.option)
     if task.verifier is None:
         raise UserError(f"task {args.task!r} has no right answers to measure; give a task with a verifier")
+
+    _can_judge(task, args.sandbox)
 
     from r1fast.device import choose_device, choose_dtype
     from r1fast.model.tokenizer import CHAT_TEMPLATES

@@ -324,6 +324,13 @@ def test_the_whole_command_on_the_projects_data(checkpoint, tmp_path, capsys, na
         assert sum(part["problems"] for part in found["categories"].values()) == 5 and "category" in told
 
 
+def test_a_verifier_that_cannot_run_here_is_told_before_the_model_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(type(rewards.get("code")), "why_not", lambda self: "there is no bubblewrap; install it")
+    path = written(tmp_path / "rows.jsonl", [ROWS["humaneval"]])
+    assert main([str(tmp_path / "gone"), "--task", "humaneval", "--data", str(path)]) == 2
+    assert "judged by the reward 'code': there is no bubblewrap" in capsys.readouterr().err
+
+
 def test_the_page_names_every_benchmark_that_can_be_judged():
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     rows = {name: line for line in page.splitlines() for name in TABLE if f"| `{name}` |" in line}
