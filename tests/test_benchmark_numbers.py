@@ -189,7 +189,8 @@ def test_the_scores_are_those_of_the_evaluation_harness(given, right):
     theirs = pytest.importorskip("lm_eval.tasks.drop.utils")
     pytest.importorskip("scipy")
     em, f1 = theirs.get_metrics(given, right)
-    assert drop.exact(given, right) == pytest.approx(em) and drop.f1(given, right) == pytest.approx(float(f1))
+    assert drop.exact(given, right) == pytest.approx(em)
+    assert drop.f1(given, right) == pytest.approx(float(f1), abs=0.0101)  # 0.225 is rounded to either side
 
 
 @given(st.lists(st.lists(st.integers(0, 100), min_size=3, max_size=3), min_size=1, max_size=4))
