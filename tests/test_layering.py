@@ -3,8 +3,7 @@
     csrc < kernels < {types, schema, config, metrics, progress, device, heap, snapshot, stop, watchdog,
           parallel}
          < {model, rewards, tasks} < {rollout, learn}
-         < stages < {graph, check, recipe, plan, summary}
-         < {train, evaluate, generate, report, decontaminate, lm_eval, serving} < serve
+         < stages < {graph, check, recipe, plan, summary} < {train, evaluate, generate, report, decontaminate}
 
 Left never imports right, at the top of a file or inside a function.
 """
@@ -28,8 +27,7 @@ LAYERS = (
     ("rollout", "learn"),
     ("stages",),
     ("graph", "check", "recipe", "plan", "summary"),
-    ("train", "evaluate", "generate", "report", "decontaminate", "lm_eval", "serving"),
-    ("serve",),
+    ("train", "evaluate", "generate", "report", "decontaminate"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Plain Python, tested as such, and quick to import: --help and the report must not wait for torch.
