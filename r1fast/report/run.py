@@ -187,20 +187,25 @@ def _links(blocks: Mapping[str, Mapping[str, Any]]) -> list[Edge]:
 
 
 def _read_events(path: Path, stages: dict[str, StageRecord]) -> None:
-    for event in _lines(path):
-        stage = stages.get(event.get("stage", ""))
+    for line, event in enumerate(_lines(path), 1):
+        name = event.get("stage")
+        stage = stages.get(name) if isinstance(name, str) else None
         if stage is None:
             continue
+        step = number(event, "step")
+        if event.get("event") in ("step", "curve") and step is None:
+            raise UserError(f"{path}, line {line}: an event without the number of its step; mend or delete it.")
         match event.get("event"):
             case "step":
-                stage.steps[int(event["step"])] = event
+                stage.steps[int(step)] = event
                 stage.status = "started" if stage.status == "planned" else stage.status
             case "curve":
-                stage.curve[int(event["step"])] = event
+                stage.curve[int(step)] = event
             case "evaluation":
                 stage.evaluation = event
             case "stage":
-                stage.status = "started" if event["status"] == "resumed" else event["status"]
+                status = str(event.get("status"))
+                stage.status = "started" if status == "resumed" else status
                 stage.seconds = number(event, "seconds") or stage.seconds
 
 
