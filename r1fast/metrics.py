@@ -12,8 +12,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from r1fast.config import UserError
 
 FILES = EVENTS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -52,8 +55,13 @@ class RunLog:
 
     def _write(self, name: str, fields: dict) -> None:
         file = self._files[name]
-        file.write(_line(fields))
-        file.flush()
+        try:
+            file.write(_line(fields))
+            file.flush()
+        except OSError as error:  # a full disk; the torn line is dropped when the log is opened again
+            raise UserError(
+                f"{self.directory / name} cannot be written ({error.strerror}): make room, then go on with --resume"
+            ) from error
         self._lines[name][fields.get("stage")] += 1
 
     def lines(self, stage: str) -> dict[str, int]:
@@ -97,7 +105,8 @@ class RunLog:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what a full disk did not take was told when it was written
+                file.close()
 
     def __enter__(self) -> RunLog:
         return self

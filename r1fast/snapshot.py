@@ -9,6 +9,7 @@ No torch here: what the files hold is the writer's affair (stages/steps.py).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from r1fast.config import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_NEARLY_FULL = 1 << 20  # bytes
 _NAME = re.compile(r"step-(\d{8,})")
 
 Writer = Callable[[Path], None]  # writes one file at the path it is given
@@ -69,10 +71,10 @@ def write(directory: Path, step: int, files: Mapping[str, Writer], notes: Mappin
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         if isinstance(error, RuntimeError) and not _is_about_writing(error):
             raise
+        why = _why(error, directory)
         shutil.rmtree(temporary, ignore_errors=True)
         last = next((found.name for found in _folders(directory)), None) if directory.is_dir() else None
         kept = f"the last whole snapshot is {last}" if last else "there is no earlier snapshot"
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise SnapshotError(
             f"{path}: the snapshot cannot be written ({why}); {kept}: make room, then go on with --resume"
         ) from error
@@ -138,6 +140,14 @@ def _remove_unfinished(directory: Path) -> None:
 def _is_about_writing(error: RuntimeError) -> bool:
     text = str(error)
     return "PytorchStreamWriter" in text or "file write failed" in text or "unexpected pos" in text
+
+
+def _why(error: Exception, directory: Path) -> str:
+    """The system's word for it; torch's own speaks of positions in a file where the disk is full."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    free = shutil.disk_usage(directory).free if directory.is_dir() else None
+    return os.strerror(errno.ENOSPC) if free is not None and free < _NEARLY_FULL else str(error).splitlines()[0]
 
 
 def _sum(file: Path) -> str:

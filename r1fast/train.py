@@ -4,6 +4,7 @@ recipe.py. Nothing heavy is imported before the arguments are right, so that --h
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -83,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_plan(recipe, str(out))
             return 0
         return train(recipe, out, options, argv)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}: make room, then go on with --resume", file=sys.stderr)
+        return BAD_INPUT
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several ranks that found the same, one says it
             print(f"error: {error}", file=sys.stderr)

@@ -183,6 +183,45 @@ def test_a_full_disk_ends_in_one_sentence_with_the_last_snapshot_whole(micro, wh
     assert results(out) == results(whole("sft"))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 1 MiB, that can be made larger; only root may make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(recipe, small_disk):
+    """Room for the small model but not for a snapshot beside it: one sentence, exit code 2, and what was whole stays
+    whole; with more room the run ends with the same bits."""
+    path, whole = recipe
+    out = small_disk / "run"
+    process = start(out, path)
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode == 2 and "Traceback" not in errors, errors
+    assert "No space left on device" in errors and "--resume" in errors
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    process = start(out, path, "--resume")
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, errors
+    assert weights(out) == weights(whole)
+
+
+def test_a_clock_that_jumps_changes_nothing(whole, micro, tmp_path, monkeypatch):
+    """Days forward and back between any two looks: seconds are counted by a clock that no one sets."""
+    jumps = random.Random(1)
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + jumps.uniform(-1e6, 1e6))
+    settings = {"checkpoint": {"steps": 2, "minutes": 1}}
+    run_micro_stages(tmp_path / "run", micro, {"stage": STAGES["grpo"]}, settings)
+    assert results(tmp_path / "run") == results(whole("grpo"))
+    times = [row["time"] for row in read_events(tmp_path / "run")]
+    assert times == sorted(times) and times[-1] < 600
+
+
 # -- real kills ---------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ saving copies from. Writing is atomic: a folder appears whole under its name or 
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -329,7 +330,10 @@ def _write_tensors(folder: Path, views: dict[str, Tensor]) -> None:
         tensors = {
             name: view.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, view in shard.items()
         }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # its word for an OSError
+            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error), str(file)) from error
         where |= dict.fromkeys(shard, file)
     if count > 1:
         size = sum(view.nbytes for view in views.values())
