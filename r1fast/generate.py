@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from r1fast.config import CommandParser, UserError
@@ -91,6 +91,8 @@ def print_one(sampler: Sampler, prompt: Prompt, params: SamplingParams, text_of:
             tokens.append(token)
             yield token
 
+    from r1fast.rollout.text import pieces
+
     for piece in pieces(drawn(), text_of):
         print(piece, end="", flush=True)
     print(flush=True)
@@ -103,25 +105,6 @@ def print_all(sampler: Sampler, prompt: Prompt, params: SamplingParams, text_of:
         print(f"--- {number} of {params.n}: {len(rollout.tokens)} tokens, {rollout.finish}")
         print(text_of(rollout.tokens), flush=True)
     return sum(len(rollout.tokens) for rollout in group.rollouts)
-
-
-def pieces(tokens: Iterable[int], text_of: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text that each token adds; joined they are the text of all tokens.
-
-    A token's text can depend on the one before it (spaces), and a character may take several tokens (its text ends in
-    U+FFFD until then), so what is decoded begins with the tokens of the last piece; the cost of a token stays constant.
-    """
-    known: list[int] = []  # tokens of the last piece: context for the next
-    new: list[int] = []
-    for token in tokens:
-        new.append(token)
-        before, after = text_of(known), text_of(known + new)
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            yield after[len(before) :]
-            known, new = new, []
-    rest = text_of(known + new)[len(text_of(known)) :]
-    if rest:
-        yield rest
 
 
 if __name__ == "__main__":

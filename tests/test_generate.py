@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1fast.generate import main, pieces
+from r1fast.generate import main
 from r1fast.model.decoder import Decoder, DecoderConfig
 from r1fast.model.tokenizer import apply_template, build_word_tokenizer, decode
 from r1fast.model.weights import save
 from r1fast.rollout.sampler import Sampler, SamplingParams
+from r1fast.rollout.text import pieces
 
 WORDS = ["tom", "has", "eggs", "<think>", "</think>", *(str(number) for number in range(40))]
 

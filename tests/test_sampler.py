@@ -5,14 +5,24 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import LAYOUTS, VOCAB, make
+from sampling import (
+    VOCABULARY,
+    assert_logprobs_close,
+    assert_pool_empty,
+    dense_logits,
+    make_prompts,
+    tiny_model,
+    tokens_of,
+)
 
 from r1fast.config import UserError
-from r1fast.model.decoder import Decoder, DecoderConfig, PagedStep
+from r1fast.model.decoder import PagedStep
 from r1fast.model.weights import load
 from r1fast.rollout.batch import Drawn
 from r1fast.rollout.engine import StepEngine
@@ -20,47 +30,10 @@ from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.types import Prompt
 from r1fast_kernels import sample_token, use_backend
 
-VOCABULARY = 53
-
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights whose head is wide enough that distributions are neither flat nor a point."""
-    config = DecoderConfig(VOCABULARY, 32, 48, layers=2, heads=4, kv_heads=2, head_dim=8, max_positions=128)
-    model = Decoder(config).initialize(0)
-    with torch.no_grad():
-        model.head.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    return model
-
-
-def make_prompts(count, seed=0, shortest=1, longest=40):
-    rng = random.Random(seed)
-    return [[rng.randrange(VOCABULARY) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
-
-
-def tokens_of(groups):
-    return [[rollout.tokens for rollout in group.rollouts] for group in groups]
-
-
-def assert_logprobs_close(groups, others, atol=1e-5):
-    for group, other in zip(groups, others, strict=True):
-        for a, b in zip(group.rollouts, other.rollouts, strict=True):
-            for name in ("logprobs", "logprobs_full"):
-                a_values, b_values = (torch.tensor(getattr(rollout, name)) for rollout in (a, b))
-                torch.testing.assert_close(a_values, b_values, rtol=0, atol=atol)
-
-
-def dense_logits(model, prompt, tokens):
-    """Logits that each of `tokens` was drawn from, [len(tokens), V], by one packed forward without any cache."""
-    row = torch.tensor([*prompt, *tokens])
-    with torch.no_grad():
-        hidden = model.forward_packed(row, torch.tensor([0, len(row)], dtype=torch.int32))
-        return model.logits(hidden[len(prompt) - 1 : -1])
-
-
-def assert_pool_empty(sampler):
-    sampler._pool.check([])
-    assert sampler._pool.free == sampler._pool.blocks
+    return tiny_model()
 
 
 # -- against transformers -----------------------------------------------------------------------------------------
@@ -206,10 +179,8 @@ def test_chunked_or_whole(model, prefill_tokens):
 
 
 def test_shared_or_unshared_prompt(model):
-    """A group's samples are those of the same prompt decoded on its own, teacher-forced through a cache of its own."""
+    """A group's samples are those of the same prompt decoded with nothing shared; its prompt is forwarded once."""
     prompt = make_prompts(1, seed=6, shortest=21, longest=21)[0]
-    sampler = Sampler(model, block_size=8)
-    (group,) = sampler.sample([prompt], SamplingParams(n=6, max_tokens=12, seed=3))
     forwarded = []
     original = model.forward_paged
 
@@ -217,16 +188,19 @@ def test_shared_or_unshared_prompt(model):
         forwarded.append(len(step.tokens))
         return original(step, kv)
 
+    params = SamplingParams(n=6, max_tokens=12, seed=3)
     model.forward_paged = counting
     try:
-        again = sampler.sample([prompt], SamplingParams(n=6, max_tokens=12, seed=3))
-        singles = Sampler(model, block_size=8, max_seqs=1).sample([prompt], SamplingParams(n=6, max_tokens=12, seed=3))
+        (group,) = Sampler(model, block_size=8).sample([prompt], params)
+        shared, forwarded[:] = forwarded.copy(), []
+        (single,) = Sampler(model, block_size=64, max_seqs=1).sample([prompt], params)  # no block is ever full
     finally:
         del model.forward_paged
-    assert forwarded[:12] == [21] + [6] * 11
-    assert tokens_of([group]) == tokens_of(again) == tokens_of(singles)
+    assert shared == [21] + [6] * 11
+    assert forwarded == ([21] + [1] * 11) * 6
+    assert tokens_of([group]) == tokens_of([single])
     assert len({tuple(rollout.tokens) for rollout in group.rollouts}) == 6
-    assert_logprobs_close(again, singles)
+    assert_logprobs_close([group], [single])
 
 
 def test_equal_prompts_draw_differently_and_seeds_matter(model):
@@ -238,36 +212,6 @@ def test_equal_prompts_draw_differently_and_seeds_matter(model):
     assert tokens_of(groups) != tokens_of(sampler.sample([[1, 2, 3]] * 3, replace(params, seed=1)))
 
 
-def test_soak_of_random_requests_ends_with_every_block_free(model):
-    rng = random.Random(7)
-    sampler = Sampler(model, eos_token_id=4, max_seqs=24, kv_blocks=60, block_size=4, prefill_tokens=50)
-    preempted = 0
-    for call in range(6):
-        prompts = make_prompts(40, seed=call, longest=30)
-        params = [
-            SamplingParams(
-                n=rng.randint(1, 5), max_tokens=rng.randint(1, 40), temperature=rng.choice([0, 0.7, 1.0, 1.3]),
-                top_p=rng.choice([1.0, 0.9]), top_k=rng.choice([0, 8]), seed=rng.randrange(-9, 9),
-                stop_token_ids=rng.choice([(), (5,), (6, 7)]),
-            )
-            for _ in prompts
-        ]  # fmt: skip
-        cancelled = call % 3 == 2
-        for count, (index, group) in enumerate(sampler.stream(prompts, params)):
-            one = params[index]
-            assert len(group.rollouts) == one.n
-            for rollout in group.rollouts:
-                stops = {4, *one.stop_token_ids}
-                assert rollout.finish == ("stop" if rollout.tokens[-1] in stops else "length")
-                assert not stops & set(rollout.tokens[:-1])
-                assert len(rollout.tokens) == one.max_tokens or rollout.finish == "stop"
-            if cancelled and count == 10:
-                break
-        preempted += sampler.preemptions
-        assert_pool_empty(sampler)
-    assert preempted > 0
-
-
 class LookAhead(StepEngine):
     """Up to five tokens a row before the sampler looks; rows end in between, at stop tokens and limits."""
 
@@ -276,7 +220,7 @@ class LookAhead(StepEngine):
     @torch.inference_mode()
     def decode(self, ahead):
         batch, seen = self._batch, []
-        view, rows = batch._view, np.arange(batch.size)
+        view, rows = batch.view, np.arange(batch.size)
         alive, token, counts = np.ones(batch.size, bool), view["token"].copy(), np.zeros(batch.size, np.int64)
         for _ in range(ahead):
             place = view["length"] + counts
@@ -284,7 +228,7 @@ class LookAhead(StepEngine):
             slots = slots * batch.block_size + place % batch.block_size
             # a row that has ended goes on without leaving a trace: it draws its last token again
             step = PagedStep(
-                *map(torch.from_numpy, (token, place, slots)), batch._step_table, torch.from_numpy(place + 1).int()
+                *map(torch.from_numpy, (token, place, slots)), batch.table, torch.from_numpy(place + 1).int()
             )
             some = torch.from_numpy(alive.nonzero()[0])
             step = replace(step, **{n: getattr(step, n)[some] for n in step.__slots__ if n != "cu_seqlens_q"})
@@ -296,7 +240,7 @@ class LookAhead(StepEngine):
                 whole[alive] = part
             seen.append(column)
             token, counts = np.where(alive, column[0], token), counts + alive
-            alive = alive & ~batch.stops[view["stop_set"], token] & (view["drawn"] + counts < view["limit"])
+            alive = alive & ~(batch.stop_ids == token[:, None]).any(1) & (view["drawn"] + counts < view["limit"])
             if not alive.any():
                 break
         batch.advance(counts)
@@ -309,8 +253,8 @@ def test_an_engine_that_draws_several_tokens_a_step_changes_nothing(model, kv_bl
     params = [SamplingParams(n=3, max_tokens=20 + i, seed=1, top_k=i % 3 * 9) for i in range(12)]
     plain = Sampler(model, eos_token_id=[4, 6], block_size=4, max_seqs=20)
     expected = plain.sample(prompts, params)
-    ahead = Sampler(model, eos_token_id=[4, 6], block_size=4, max_seqs=20, kv_blocks=kv_blocks)
-    ahead.engine = LookAhead(model)
+    engine = LookAhead(model)
+    ahead = Sampler(model, eos_token_id=[4, 6], block_size=4, max_seqs=20, kv_blocks=kv_blocks, engine=engine)
     groups = ahead.sample(prompts, params)
     assert (ahead.preemptions > 0) == (kv_blocks is not None)
     assert tokens_of(groups) == tokens_of(expected)
@@ -363,6 +307,88 @@ def test_weights_must_not_change_in_the_middle(model):
     with pytest.raises(RuntimeError, match="weights changed"):
         next(stream)
     assert_pool_empty(sampler)
+
+
+def test_min_tokens_take_the_stop_tokens_from_the_distribution(model):
+    """Log-probs too: drawn from what is left, and the model's own beside it."""
+    prompts = make_prompts(20, seed=8)
+    base = SamplingParams(n=4, max_tokens=12, temperature=0.9, top_k=20, seed=6)
+    params = [replace(base, min_tokens=4 + i % 5) for i in range(20)]
+    sampler = Sampler(model, eos_token_id=range(0, 40, 2), max_seqs=50)
+    early = 0
+    for prompt, one, group in zip(prompts, params, sampler.sample(prompts, params), strict=True):
+        for rollout in group.rollouts:
+            at = [i for i, token in enumerate(rollout.tokens) if token in sampler.eos_token_ids]
+            assert at == [len(rollout.tokens) - 1] * (rollout.finish == "stop") and (not at or at[0] >= one.min_tokens)
+            early += bool(at) and at[0] < 11
+            logits = dense_logits(model, prompt, rollout.tokens) / 0.9
+            tokens = torch.tensor(rollout.tokens)[:, None]
+            full = torch.log_softmax(logits, -1).gather(1, tokens)[:, 0]
+            torch.testing.assert_close(torch.tensor(rollout.logprobs_full), full, rtol=0, atol=1e-4)
+            logits[: one.min_tokens, list(sampler.eos_token_ids)] = -torch.inf
+            kept = torch.stack([exact_distribution(row.double(), replace(base, temperature=1)) for row in logits])
+            drawn = kept.log().float().gather(1, tokens)[:, 0]
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), drawn, rtol=0, atol=1e-4)
+    assert early > 20  # they do stop once they may
+    greedy = replace(base, n=1, temperature=0, max_tokens=3, min_tokens=3)
+    (group,) = sampler.sample(prompts[:1], greedy)
+    logits = dense_logits(model, prompts[0], group.rollouts[0].tokens)
+    full = torch.log_softmax(logits, -1).gather(1, torch.tensor(group.rollouts[0].tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(group.rollouts[0].logprobs_full), full, rtol=0, atol=1e-4)
+    logits[:, list(sampler.eos_token_ids)] = -torch.inf
+    assert group.rollouts[0].tokens == logits.argmax(-1).tolist()
+
+
+# -- stop strings ---------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer whose tokens are bytes of a text in which characters take one to four of them."""
+
+    added_tokens_decoder: ClassVar = {}
+    alphabet = (*b"abcdefgh ", *"é你\U0001f600".encode())
+
+    def __len__(self):
+        return VOCABULARY
+
+    def decode(self, tokens, skip_special_tokens):
+        return bytes(self.alphabet[token % len(self.alphabet)] for token in tokens).decode(errors="replace")
+
+
+def test_stop_strings_keep_the_tokens_up_to_the_one_that_completes_them(model):
+    prompts = make_prompts(12, seed=3)
+    base = SamplingParams(n=3, max_tokens=40, seed=2)
+    letters = Letters()
+    free = Sampler(model, tokenizer=letters).sample(prompts, base)
+    stops = ("ab", "é", " c", "gf", "h你")
+    params = [replace(base, stop=stops, min_tokens=5 * (i % 2)) if i % 3 else base for i in range(12)]
+    groups = Sampler(model, tokenizer=letters, max_seqs=10, block_size=4, kv_blocks=60).sample(prompts, params)
+    stopped = 0
+    for one, group, whole in zip(params, groups, free, strict=True):
+        for rollout, other in zip(group.rollouts, whole.rollouts, strict=True):
+            count = next(
+                (n for n in range(1, 41) if n >= one.min_tokens and ends_in_stop(letters, other.tokens, n, one.stop)),
+                None,
+            )
+            assert rollout.tokens == other.tokens[:count]
+            assert rollout.finish == ("length" if count is None else "stop")
+            assert len(rollout.logprobs) == len(rollout.logprobs_full) == len(rollout.tokens)
+            stopped += count is not None
+    assert stopped > 6
+
+
+def ends_in_stop(letters, tokens, count, stops):
+    before, after = (letters.decode(tokens[:n], False).rstrip("\ufffd") for n in (count - 1, count))
+    return any(after.find(stop, max(0, len(before) - len(stop) + 1)) >= 0 for stop in stops)
+
+
+def test_stop_strings_with_an_engine_that_looks_later(model):
+    params = SamplingParams(n=3, max_tokens=40, seed=2, stop=("ab", "é", " c", "gf", "h你"))
+    prompts = make_prompts(12, seed=3)
+    groups = Sampler(model, tokenizer=Letters(), block_size=4, engine=LookAhead(model)).sample(prompts, params)
+    expected = Sampler(model, tokenizer=Letters()).sample(prompts, params)
+    assert tokens_of(groups) == tokens_of(expected)
+    assert_logprobs_close(groups, expected)
 
 
 def test_the_context_ends_a_completion(model):
@@ -432,9 +458,9 @@ def test_one_call_at_a_time(model):
 def test_buffers_are_kept_between_calls(model):
     sampler = Sampler(model)
     sampler.sample(make_prompts(4), SamplingParams(n=4, max_tokens=30))
-    keys, batch = sampler._kv.keys.data_ptr(), sampler._batch
+    keys, batch = sampler.memory.kv.keys.data_ptr(), sampler._batch
     sampler.sample(make_prompts(3, seed=1), SamplingParams(n=2, max_tokens=10))
-    assert sampler._kv.keys.data_ptr() == keys and sampler._batch is batch
+    assert sampler.memory.kv.keys.data_ptr() == keys and sampler._batch is batch
 
 
 def test_weights_that_are_not_finite_are_named_and_leave_nothing_behind(model):
@@ -487,8 +513,19 @@ BAD = [
         replace(GOOD, max_tokens=28),
         "prompt 1: 100 tokens and 28 to draw need 8 blocks .* kv_blocks=7",
     ),
+    ([[1], ["a"]], GOOD, r"prompt 1: \['a'\] is no list of token ids"),
+    ([[1]], replace(GOOD, min_tokens=5), "prompt 0: min_tokens is 5, it must be from 0 to max_tokens, 4"),
+    ([[1]], replace(GOOD, spare=-1), "prompt 0: n is 1 and spare -1"),
+    ([[1]], replace(GOOD, stop=("",)), "prompt 0: stop is .* none of them empty"),
+    ([[1]], replace(GOOD, stop="end"), "prompt 0: stop is 'end'; give a tuple"),
+    ([[1]], replace(GOOD, stop=("end",)), "prompt 0: stop strings need text; give the sampler a tokenizer"),
+    (
+        [[1]],
+        replace(GOOD, stop_token_ids=tuple(range(53)), min_tokens=1),
+        "prompt 0: every token is a stop token",
+    ),
     ([[1]], replace(GOOD, max_tokens=0), "prompt 0: max_tokens is 0, it must be at least 1"),
-    ([[1]], replace(GOOD, n=0), "prompt 0: n is 0"),
+    ([[1]], replace(GOOD, n=0), "prompt 0: n is 0 and spare 0; n must be at least 1"),
     ([[1]], replace(GOOD, top_p=0.0), "prompt 0: top_p is 0.0, it must be above 0"),
     ([[1]], replace(GOOD, top_p=1.01), "prompt 0: top_p is 1.01"),
     ([[1]], replace(GOOD, temperature=-0.5), "prompt 0: temperature is -0.5"),
@@ -508,7 +545,7 @@ def test_bad_requests_are_refused_by_name_before_any_work(model, prompts, params
         sampler.sample(prompts, params)
     with pytest.raises(UserError, match=message):
         sampler.stream(prompts, params)  # already when it is asked for, not at the first group
-    assert sampler._pool is None
+    assert sampler.memory.pool is None
     sampler.sample([[1]], GOOD)
 
 

@@ -7,12 +7,13 @@ equality with the direct computation proves the whole bookkeeping. No torch.
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1fast.rollout.kv_cache import BlockPool
+from r1fast.rollout.kv_cache import BlockPool, block_names
 from r1fast.rollout.scheduler import Request, Scheduler
 
 VOCABULARY, STOP = 11, 0
@@ -87,7 +88,8 @@ class Engine:
 
     def run(self, requests):
         for request in requests:
-            self.scheduler.add(request)
+            names = tuple(block_names(b"", request.prompt, self.pool.block_size))
+            self.scheduler.add(replace(request, names=names))
         steps = 0
         while not self.scheduler.done:
             self.prefill()

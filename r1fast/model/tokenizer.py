@@ -166,16 +166,21 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Tokens of a completion as text: special tokens dropped, think and answer tags kept, the boundary's space gone."""
-    dropped = _dropped_ids(tokenizer, len(tokenizer))
+    dropped = _silent(tokenizer, len(tokenizer))
     text = tokenizer.decode([token for token in tokens if token not in dropped], skip_special_tokens=False)
     return text.removeprefix(" ")
 
 
+def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Special tokens that `decode` drops, id -> how the tokenizer writes them."""
+    return _silent(tokenizer, len(tokenizer))
+
+
 @lru_cache(maxsize=8)  # the added tokens of a real tokenizer take longer to list than a completion to decode
-def _dropped_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+def _silent(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
     """Every special token but the tags. `size` is the vocabulary's, so that tokens added later are seen."""
     added = tokenizer.added_tokens_decoder
-    return frozenset(index for index, token in added.items() if token.special and token.content not in _KEPT)
+    return {index: token.content for index, token in added.items() if token.special and token.content not in _KEPT}
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, configured: Iterable[int] = ()) -> tuple[int, ...]:

@@ -8,12 +8,13 @@ step copies these few kilobytes over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from r1fast.model.paged import PagedStep
 from r1fast.rollout.scheduler import Prefill
@@ -27,7 +28,7 @@ _INT64 = (
     "drawn",  # tokens drawn so far
     "limit",  # tokens to draw at most
     "store",  # row of the store
-    "stop_set",  # row of `stops`
+    "min_tokens",  # before so many are drawn, none of them is a stop token
     "seed",
     "key",  # names the sequence to the noise
 )
@@ -48,54 +49,76 @@ class Drawn(NamedTuple):
 
 
 class RunningBatch:
-    """Room for `rows` sequences of at most `width` blocks that draw at most `longest` tokens each."""
+    """Room for `rows` sequences of at most `width` blocks that draw at most `longest` tokens each; `reserve` widens."""
 
-    def __init__(self, rows: int, width: int, longest: int, block_size: int):
+    def __init__(self, rows: int, width: int, longest: int, block_size: int, device: torch.device | str = "cpu"):
+        """device: of the model."""
         self.rows, self.width, self.longest, self.block_size = rows, width, longest, block_size
+        self.device = torch.device(device)
         # Fields of one type are the rows of one array: packing takes four operations instead of fifteen.
         self._packed = [
             np.zeros((len(_INT64), rows), np.int64),
             np.zeros((len(_INT32), rows), np.int32),
             np.zeros((len(_FLOAT32), rows), np.float32),
         ]
-        self._table = np.full((rows, width), -1, np.int32)
         fields = zip((_INT64, _INT32, _FLOAT32), self._packed, strict=True)
         self._arrays = {name: array[i] for names, array in fields for i, name in enumerate(names)}
         self._tensors = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
-        self._table_tensor = torch.from_numpy(self._table)
+        self._table = np.full((rows, width), -1, np.int32)
+        self._whole_table = torch.from_numpy(self._table)
+        self._stop_ids = np.full((rows, 0), -1, np.int64)
         self._tokens = np.empty((rows, longest), np.int64)
         self._logprobs = np.empty((rows, longest), np.float32)
         self._logprobs_full = np.empty((rows, longest), np.float32)
         self.changes = 0  # of rows and tables, all calls together; `advance` and `record` are not counted
-        self.begin({}, np.zeros((1, 1), bool), torch.device("cpu"))
+        self.clear()
 
-    def begin(self, draws: Mapping[str, NDArray], stops: NDArray[np.bool_], device: torch.device) -> None:
-        """Empty the batch for a new call.
-
-        draws: limit, stop_set, seed, key (of the first sample), temperature, top_k and top_p, each [requests].
-        stops [sets, V]: which tokens end a sequence of each stop set. device: of the model.
-        """
-        self.draws, self.stops, self.device = draws, stops, device
+    def clear(self) -> None:
+        """Empty the batch for a new call."""
         self.sequences: list[Running] = []
         self._places = list(range(self.rows))  # free rows of the store
+        self._some_wait = False  # whether a row may have min_tokens still to draw
         self._resized()
+
+    def reserve(self, width: int, longest: int) -> None:
+        """Room for tables of `width` blocks and `longest` tokens to draw; what is there stays. At least doubles what it
+        widens, so that it happens rarely."""
+        width = width if width <= self.width else max(width, 2 * self.width)
+        longest = longest if longest <= self.longest else max(longest, 2 * self.longest)
+        if width > self.width:
+            table = np.full((self.rows, width), -1, np.int32)
+            table[:, : self.width] = self._table
+            self._table, self._whole_table, self.width = table, torch.from_numpy(table), width
+            self._resized()
+        if longest > self.longest:
+            for name in ("_tokens", "_logprobs", "_logprobs_full"):
+                old = getattr(self, name)
+                wider = np.empty((self.rows, longest), old.dtype)
+                wider[:, : self.longest] = old
+                setattr(self, name, wider)
+            self.longest = longest
 
     @property
     def size(self) -> int:
         return len(self.sequences)
 
     def _resized(self) -> None:
-        """New views of the rows in use, once for all the steps until the next sequence comes or goes."""
+        """New views of the rows in use, once for all the steps until the next sequence comes or goes.
+
+        view, tensor: each array by its name, [size]. stop_ids: int64 [size, S], the tokens that end a row, -1 for none.
+        table: int32 [size, columns].
+        """
         self.changes += 1
         size = len(self.sequences)
-        self._view = {name: array[:size] for name, array in self._arrays.items()}
-        self._tensor = {name: tensor[:size] for name, tensor in self._tensors.items()}
+        self.view = {name: array[:size] for name, array in self._arrays.items()}
+        self.tensor = {name: tensor[:size] for name, tensor in self._tensors.items()}
+        self.stop_ids = self._stop_ids[:size]
         self._narrow()
 
     def _narrow(self) -> None:
         """Of the table only the columns that some row uses: the attention reads no more."""
-        columns = int(self._view["capacity"].max(initial=0)) // self.block_size
-        self._step_table = self._table_tensor[: self.size, :columns]
+        columns = int(self.view["capacity"].max(initial=0)) // self.block_size
+        self.table = self._whole_table[: self.size, :columns]
 
     # -- sequences come and go -----------------------------------------------------------------------------------
 
@@ -103,9 +126,11 @@ class RunningBatch:
         """Rows for the launched sequences of these prefills, in order; their next tokens are still to be drawn."""
         sequences = [sequence for prefill in prefills for sequence in prefill.sequences]
         rows, arrays, block = slice(self.size, self.size + len(sequences)), self._arrays, self.block_size
-        request = [sequence.request.index for sequence in sequences]
-        for name, values in self.draws.items():
-            arrays[name][rows] = values[request]
+        counts = [len(prefill.sequences) for prefill in prefills]
+        requests = [prefill.request for prefill in prefills]
+        arrays["limit"][rows] = np.repeat([request.limit for request in requests], counts)
+        for name in ("seed", "key", "temperature", "top_k", "top_p", "min_tokens"):
+            arrays[name][rows] = np.repeat([getattr(request.draws, name) for request in requests], counts)
         arrays["key"][rows] += [sequence.sample for sequence in sequences]
         length = np.array([len(prefill.tokens) for prefill in prefills for _ in prefill.sequences])
         blocks = np.array([len(sequence.table) for sequence in sequences])
@@ -124,8 +149,20 @@ class RunningBatch:
                 self._tokens[place, : len(sequence.tokens)] = sequence.tokens
                 self._logprobs[place, : len(sequence.tokens)] = sequence.logprobs
                 self._logprobs_full[place, : len(sequence.tokens)] = sequence.logprobs_full
+        self._append_stops(rows, [request.draws.stop_ids for request in requests], counts)
+        self._some_wait |= any(request.draws.min_tokens for request in requests)
         self.sequences += sequences
         self._resized()
+
+    def _append_stops(self, rows: slice, stops: list[tuple[int, ...]], counts: list[int]) -> None:
+        most = max(map(len, stops))
+        if most > self._stop_ids.shape[1]:
+            wider = np.full((self.rows, most), -1, np.int64)
+            wider[:, : self._stop_ids.shape[1]] = self._stop_ids
+            self._stop_ids = wider
+        columns = self._stop_ids.shape[1]
+        padded = [ids + (-1,) * (columns - len(ids)) for ids in stops]
+        self._stop_ids[rows] = np.repeat(np.array(padded, np.int64).reshape(len(stops), columns), counts, 0)
 
     def output(self, row: int) -> tuple[list[int], list[float], list[float]]:
         """Tokens that the row has drawn, their log-probabilities, and the untruncated ones."""
@@ -142,6 +179,7 @@ class RunningBatch:
         for array in self._packed:
             array[:, : len(keep)] = array[:, keep]
         self._table[: len(keep)] = self._table[keep]
+        self._stop_ids[: len(keep)] = self._stop_ids[keep]
         self.sequences = [self.sequences[row] for row in keep.tolist()]
         self._resized()
 
@@ -149,7 +187,7 @@ class RunningBatch:
 
     def full(self, ahead: int = 1) -> list[int]:
         """Rows without room for the keys and values of their next `ahead` tokens, or as many as they may still draw."""
-        view = self._view
+        view = self.view
         room = view["capacity"] - view["length"]
         if ahead == 1:
             return (room == 0).nonzero()[0].tolist()
@@ -170,9 +208,9 @@ class RunningBatch:
 
     def step(self) -> PagedStep:
         """One token of every row, for the decoder."""
-        tensor = self._tensor
-        inputs = (tensor["token"], tensor["length"], tensor["slot"], self._step_table, tensor["context"])
-        return PagedStep(*self._on_device(inputs))
+        tensor = self.tensor
+        inputs = (tensor["token"], tensor["length"], tensor["slot"], self.table, tensor["context"])
+        return PagedStep(*self.on_device(inputs))
 
     def advance(self, counts: NDArray[np.int64] | None = None) -> None:
         """The keys and values of the step's tokens are in the cache: `counts` [size] of each row, None for one each."""
@@ -182,22 +220,36 @@ class RunningBatch:
             int64[:2, :size] += 1  # length and slot
             int32[:1, :size] += 1  # context
             return
-        view, block = self._view, self.block_size
+        view, block = self.view, self.block_size
         length = view["length"]
         length += counts
         view["context"][:] = length + 1
         column = np.minimum(length // block, self.width - 1)  # one past the table where the row is full: see `extend`
         view["slot"][:] = self._table[np.arange(size), column].astype(np.int64) * block + length % block
 
-    def noise(self, first: int) -> Iterator[torch.Tensor]:
+    def noise(self, first: int) -> Iterator[Tensor]:
         """seed, sequence, position, temperature, top_k, top_p of the rows from `first` on, for `sample_token`."""
-        tensor = self._tensor
+        tensor = self.tensor
         names = ("seed", "key", "length", "temperature", "top_k", "top_p")
-        return self._on_device(tensor[name][first:] if first else tensor[name] for name in names)
+        return self.on_device(tensor[name][first:] if first else tensor[name] for name in names)
+
+    def forbidden(self, first: int) -> tuple[Tensor, Tensor] | None:
+        """(rows, tokens), int64 each, counted from row `first` on: the stop tokens of those that must not stop yet."""
+        if not self._some_wait:
+            return None
+        waits = self.view["drawn"] < self.view["min_tokens"]
+        if not waits.any():
+            self._some_wait = False
+            return None
+        stops = self.stop_ids[first:]
+        rows, columns = (waits[first:, None] & (stops >= 0)).nonzero()
+        if not len(rows):
+            return None
+        return tuple(self.on_device((torch.from_numpy(rows), torch.from_numpy(stops[rows, columns]))))
 
     def record(self, first: int, drawn: Drawn) -> list[int]:
         """Store what the rows from `first` on have drawn; returns those rows that are finished by it."""
-        view = self._view if not first else {name: array[first:] for name, array in self._view.items()}
+        view = self.view if not first else {name: array[first:] for name, array in self.view.items()}
         store, count = view["store"], view["drawn"]
         if drawn.tokens.shape[1] == 1:
             tokens = drawn.tokens[:, 0]
@@ -214,14 +266,14 @@ class RunningBatch:
             tokens = drawn.tokens[np.arange(len(drawn.tokens)), drawn.counts - 1]
             count += drawn.counts
         view["token"][:] = tokens
-        stopped = self.stops[view["stop_set"], tokens] if len(self.stops) > 1 else self.stops[0][tokens]
+        stopped = (self.stop_ids[first:] == tokens[:, None]).any(1)
         return ((stopped | (count == view["limit"])).nonzero()[0] + first).tolist()
 
     def stopped(self, row: int) -> bool:
         """Whether the last token drawn by the row is one of its stop tokens."""
-        return bool(self.stops[self._arrays["stop_set"][row], self._arrays["token"][row]])
+        return bool((self.stop_ids[row] == self._arrays["token"][row]).any())
 
-    def _on_device(self, tensors) -> Iterator[torch.Tensor]:
+    def on_device(self, tensors) -> Iterator[Tensor]:
         if self.device.type == "cpu":
             return iter(tensors)
         return (tensor.to(self.device) for tensor in tensors)

@@ -95,6 +95,24 @@ class StepEngine:
         return self._draw(self.model.logits(hidden), 0)
 
     def _draw(self, logits: Tensor, first: int) -> Drawn:
+        correction = forbid_stops(logits, self._batch, first)
         drawn = sample_token(logits, *self._batch.noise(first))
-        token, logprob, full = (x.cpu().numpy()[:, None] for x in drawn)
+        full = drawn.logprob_full if correction is None else drawn.logprob_full + correction
+        token, logprob, full = (x.cpu().numpy()[:, None] for x in (drawn.token, drawn.logprob, full))
         return Drawn(token, logprob, full, np.ones(len(token), np.int64))
+
+
+def forbid_stops(logits: Tensor, batch: RunningBatch, first: int) -> Tensor | None:
+    """Take the stop tokens from the rows that have not drawn their min_tokens yet: -inf, in place.
+
+    logits: float32 [rows, V] of the batch's rows from `first` on. Returns float32 [rows], what to add to the
+    `logprob_full` of the tokens drawn so that it is the model's own again; None where nothing is taken.
+    """
+    taken = batch.forbidden(first)
+    if taken is None:
+        return None
+    temperature = next(batch.on_device([batch.tensor["temperature"][first:]]))
+    scale = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
+    before = torch.logsumexp(logits / scale, -1)
+    logits[taken] = -torch.inf
+    return torch.logsumexp(logits / scale, -1) - before

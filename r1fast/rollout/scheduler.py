@@ -3,11 +3,18 @@
 A request (one prompt, n samples) waits, is prefilled once in chunks, and launches n running sequences over the same
 prompt blocks. Running sequences draw one token a step until they finish. When blocks run out the sequence admitted
 last gives its blocks back and waits to be recomputed from its prompt and what it has drawn; as the noise of a draw
-depends only on the sequence and the position, the result is the same as without.
+depends only on the sequence and the position, the result is the same as without. A request can be cancelled at any
+time.
+
+A prompt's full blocks are named in the pool when its prefill is admitted, so whoever begins alike (the next samples of
+the group, a prompt with the same template, the same prompt in a later call) finds them, even before they are computed:
+prefills are served first come, first served, so a block is computed in an earlier step than its readers or in the same
+one, in which every layer writes all keys and values before it reads any.
 
 The scheduler is asked only when something happens (admission, a block is full, a sequence ends); the steady state of
 decoding is arrays in batch.py and never comes here. Continuous batching: Orca (Yu et al. 2022); preemption by
-recompute: vLLM (Kwon et al. 2023, section 4.5); chunked prefill: Sarathi (Agrawal et al. 2023).
+recompute: vLLM (Kwon et al. 2023, section 4.5); chunked prefill: Sarathi (Agrawal et al. 2023); blocks found again by
+their hash: vLLM's automatic prefix caching.
 """
 
 from __future__ import annotations
@@ -15,8 +22,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from r1fast.rollout.kv_cache import BlockPool
+
+if TYPE_CHECKING:
+    from r1fast.rollout.params import Draws
+    from r1fast.rollout.text import TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,8 @@ class Request:
     prompt: tuple[int, ...]
     samples: int
     limit: int  # tokens to draw at most, for each sample
+    names: tuple[bytes, ...] = ()  # of the prompt's full blocks (kv_cache.block_names); none: nothing is shared
+    draws: Draws | None = None  # how, for the batch; not read here
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +53,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # drawn before the last preemption
     logprobs: list[float] = field(default_factory=list)
     logprobs_full: list[float] = field(default_factory=list)
+    text: TextStream | None = None  # for its stop strings; not read here
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +64,8 @@ class Prefill:
     sequences: list[Sequence]
     tokens: tuple[int, ...]
     table: list[int]
-    computed: int  # tokens whose keys and values are in the cache
+    found: int  # blocks at the table's beginning that others compute or have computed
+    computed: int  # tokens whose keys and values are in the cache, or will be before this prefill's first step ends
     reserved: int  # free blocks kept back for the launch
 
 
@@ -67,7 +83,7 @@ class Chunk:
 
 
 class Scheduler:
-    """The state of one call. Every request must fit the pool on its own: `pool.blocks_for(prompt + limit)` blocks."""
+    """The state of a session. Every request must fit the pool on its own: `pool.blocks_for(prompt + limit)` blocks."""
 
     def __init__(self, pool: BlockPool, max_seqs: int, prefill_tokens: int):
         self.pool = pool
@@ -78,12 +94,12 @@ class Scheduler:
         # 256 rows then take 107 prefills and 537 decodes instead of 430 and 507.
         self.admit_rows = max(1, max_seqs // 8)
         self.preemptions = 0
+        self.found_tokens = 0  # prompt tokens that were in the cache already, whoever put them there
         self._waiting: deque[tuple[Request, list[Sequence]]] = deque()
         self._waiting_samples = 0
         self._prefilling: deque[Prefill] = deque()
         self._prefilling_samples = 0
         self._running: dict[Sequence, None] = {}  # in order of admission
-        self._siblings: dict[int, list[Sequence]] = {}  # request index -> its running sequences
         self._unfinished: dict[int, int] = {}  # request index -> samples to come
         self._reserved = 0
         self._growth = 0  # blocks that the running sequences may still ask for
@@ -149,27 +165,29 @@ class Scheduler:
     def _admit_some(self, request: Request, sequences: list[Sequence]) -> int:
         """Start one prefill for as many of `sequences` as there are blocks for; how many that is."""
         tokens = request.prompt + tuple(sequences[0].tokens)
-        size = self.pool.block_size
-        siblings = self._siblings.get(request.index)
-        # The full blocks of the prompt are in the cache already when a sample of the same prompt runs. One token at
-        # least is forwarded: its row gives the logits.
-        shared = min(len(request.prompt), len(tokens) - 1) // size if siblings else 0
+        pool = self.pool
+        # One token at least is forwarded: its row gives the logits.
+        found = pool.find(request.names[: (len(tokens) - 1) // pool.block_size])
         # Each sample ends with a block of its own: its copy of the partly filled one, or a fresh one.
-        base = len(tokens) // size - shared
+        base = len(tokens) // pool.block_size - len(found)
         # Room for every running sequence to grow once, or as far as it may: admitting into less would soon evict
         # what was just computed.
         headroom = min(len(self._running), self._growth)
-        fits = self.available - base - headroom
+        fits = self.available - pool.idle(found) - base - headroom
         if not (self._running or self._prefilling):
             fits = max(fits, 1)  # alone it always fits: checked in `add`
         count = min(len(sequences), fits)
         if count < 1:
             return 0
-        table = self.pool.fork(siblings[0].table[:shared]) if siblings else []
-        table += self.pool.allocate(self.pool.blocks_for(len(tokens)) - shared)
-        reserved = base + shared + count - len(table)
+        table = pool.fork(found)
+        table += pool.allocate(pool.blocks_for(len(tokens)) - len(found))
+        for block, name in zip(table[len(found) :], request.names[len(found) :], strict=False):
+            pool.name(block, name)
+        reserved = base + len(found) + count - len(table)
         self._reserved += reserved
-        self._prefilling.append(Prefill(request, sequences[:count], tokens, table, shared * size, reserved))
+        computed = len(found) * pool.block_size
+        self.found_tokens += computed
+        self._prefilling.append(Prefill(request, sequences[:count], tokens, table, len(found), computed, reserved))
         self._prefilling_samples += count
         return count
 
@@ -201,7 +219,6 @@ class Scheduler:
                 copies.append(copy)
             self._running[sequence] = None
             self._growth += most - len(sequence.table)
-        self._siblings.setdefault(prefill.request.index, []).extend(prefill.sequences)
         return copies
 
     # -- running -> finished, or back to waiting -----------------------------------------------------------------
@@ -226,16 +243,27 @@ class Scheduler:
         """Free the blocks of what was admitted last: a prefill (None) or a running sequence."""
         self.preemptions += 1
         if self._prefilling:
-            prefill = self._prefilling.pop()
-            self._prefilling_samples -= len(prefill.sequences)
-            self._reserved -= prefill.reserved
-            self.pool.release(prefill.table)
-            self._wait(prefill.request, prefill.sequences)
+            self._give_up(self._prefilling[-1])
             return None
         sequence = next(reversed(self._running))
         self._leave(sequence)
         self._wait(sequence.request, [sequence])
         return sequence
+
+    def _give_up(self, prefill: Prefill) -> None:
+        """A prefill goes back to waiting, and those that were to read the blocks which it will not compute now."""
+        self._prefilling.remove(prefill)
+        self._prefilling_samples -= len(prefill.sequences)
+        self._reserved -= prefill.reserved
+        done = prefill.computed // self.pool.block_size
+        lost = set(prefill.table[max(done, prefill.found) : len(prefill.request.names)])
+        for block in lost:
+            self.pool.forget(block)
+        self.pool.release(prefill.table)
+        for other in list(reversed(self._prefilling)):  # the last first, so that they wait in their order
+            if other in self._prefilling and lost & set(other.table[: other.found]):
+                self._give_up(other)
+        self._wait(prefill.request, prefill.sequences)
 
     def _wait(self, request: Request, sequences: list[Sequence]) -> None:
         self._waiting.appendleft((request, sequences))
@@ -246,7 +274,6 @@ class Scheduler:
         request = sequence.request
         del self._running[sequence]
         self._growth -= self.pool.blocks_for(len(request.prompt) + request.limit) - len(sequence.table)
-        self._siblings[request.index].remove(sequence)
         self.pool.release(sequence.table)
 
     def finish(self, sequence: Sequence) -> bool:
@@ -256,5 +283,24 @@ class Scheduler:
         self._unfinished[index] -= 1
         if self._unfinished[index]:
             return False
-        del self._unfinished[index], self._siblings[index]
+        del self._unfinished[index]
         return True
+
+    def cancel(self, index: int) -> list[Sequence]:
+        """The request leaves, wherever its samples are. Returns those that were running, their blocks freed.
+
+        Nothing happens where the request is finished or unknown.
+        """
+        if index not in self._unfinished:
+            return []
+        del self._unfinished[index]
+        for prefill in [prefill for prefill in self._prefilling if prefill.request.index == index]:
+            if prefill in self._prefilling:
+                self._give_up(prefill)
+        kept = [(request, sequences) for request, sequences in self._waiting if request.index != index]
+        self._waiting = deque(kept)
+        self._waiting_samples = sum(len(sequences) for _, sequences in kept)
+        running = [sequence for sequence in self._running if sequence.request.index == index]
+        for sequence in running:
+            self._leave(sequence)
+        return running
