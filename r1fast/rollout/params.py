@@ -183,7 +183,7 @@ def _wrong_params(params: SamplingParams) -> str | None:
 
 
 def _key(tokens: tuple[int, ...], earlier: int) -> int:
-    """What names a prompt to the noise: its content, and how many equal prompts came before it in the call."""
+    """What names a prompt to the noise: its content, and how many equal ones of its seed came before it in the call."""
     content = np.array([earlier, *tokens], np.int64).tobytes()
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "little") >> (1 + _SAMPLE_BITS) << _SAMPLE_BITS
