@@ -3,7 +3,8 @@
     csrc < kernels < {types, schema, config, metrics, progress, device, heap, snapshot, stop, watchdog,
           parallel}
          < {model, rewards, tasks} < {rollout, learn}
-         < stages < {graph, check, recipe, plan, summary} < {train, evaluate, generate, report, decontaminate}
+         < stages < {graph, check, recipe, plan, summary}
+         < {train, evaluate, generate, report, decontaminate, lm_eval, serving} < serve
 
 Left never imports right, at the top of a file or inside a function.
 """
@@ -27,7 +28,8 @@ LAYERS = (
     ("rollout", "learn"),
     ("stages",),
     ("graph", "check", "recipe", "plan", "summary"),
-    ("train", "evaluate", "generate", "report", "decontaminate"),
+    ("train", "evaluate", "generate", "report", "decontaminate", "lm_eval", "serving"),
+    ("serve",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Plain Python, tested as such, and quick to import: --help and the report must not wait for torch.
