@@ -140,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     from r1fast.device import choose_device, choose_dtype
     from r1fast.model.tokenizer import CHAT_TEMPLATES
     from r1fast.model.weights import load
-    from r1fast.stages.answers import AnswerFile
+    from r1fast.stages.answers import AnswerFile, Tally
     from r1fast.stages.evaluate import Evaluator
 
     device = choose_device(args.device)
@@ -152,11 +152,24 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     longest = model.config.max_positions
     protocol = protocol_of(args, task, longest)
     evaluator = Evaluator(model, tokenizer, {task.name: task}, longest)
-    with AnswerFile(partial(args.out), key(args, protocol, task, model.dtype)) as answers:
+    of, shown = key(args, protocol, task, model.dtype), progress()
+    with AnswerFile(partial(args.out), of, tally := Tally(shown.update)) as answers, shown:
+        shown.stage(task.name, "evaluate", len(task.problems("test", protocol.limit)))
         if answers.finished:
-            print(f"{answers.finished} problems are in {answers.path} already", file=sys.stderr)
+            tally.done = answers.finished
+            shown.warn(f"{answers.finished} problems are in {answers.path} already")
         result, measured, _ = evaluator.evaluate(protocol, answers)
     return result, [row(answered) for answered in measured.answered]
+
+
+def progress():
+    """What the person who waits sees, on standard error: the numbers alone go to standard output."""
+    from rich.console import Console
+
+    from r1fast.progress import LiveProgress, PlainProgress
+
+    console = Console(stderr=True)
+    return LiveProgress(console=console) if console.is_terminal else PlainProgress(file=sys.stderr)
 
 
 def protocol_of(args: argparse.Namespace, task, longest: int) -> EvaluationConfig:

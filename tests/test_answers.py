@@ -11,7 +11,7 @@ from r1fast import rewards
 from r1fast.config import UserError
 from r1fast.rewards.base import Reward
 from r1fast.schema import EvaluationConfig, SamplingConfig
-from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample
+from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample, Tally
 from r1fast.stages.evaluate import Evaluator
 from r1fast.tasks import Task
 from r1fast.types import Problem, Prompt
@@ -199,3 +199,11 @@ def test_the_file_is_lines_that_anyone_can_read(tmp_path):
     assert {row["part"] for row in rows[1:]} == {"main", "at one", "greedy"}
     scored = next(row for row in rows[1:] if row["scored"])
     assert scored["samples"][0]["rewards"]["accuracy"] == 1.0 and scored["samples"][0]["answer"] == "1"
+
+
+def test_whoever_waits_is_told_how_far_it_is():
+    told = []
+    answers = AnswerFile(None, {}, Tally(lambda done, **numbers: told.append((done, numbers))))
+    evaluator(ScriptedSampler(half_right)).evaluate(PROTOCOL.model_copy(update={"at_one": 0, "greedy": False}), answers)
+    assert [done for done, _ in told] == list(range(1, 11))
+    assert told[-1][1]["accuracy"] == 0.5 and told[-1][1]["length"] > 3

@@ -62,8 +62,8 @@ def test_an_interrupted_command_goes_on_with_the_same_numbers(micro, tmp_path, c
     assert main([*command, str(tmp_path / "whole.json")]) == 0
     out, stream, drawn = tmp_path / "parts.json", Sampler.stream, []
 
-    def stopping(self, prompts, params):
-        for found in stream(self, prompts, params):
+    def stopping(self, prompts, params, **more):
+        for found in stream(self, prompts, params, **more):
             if len(drawn) == 10:
                 raise KeyboardInterrupt
             drawn.append(found[1].prompt.id)
@@ -94,8 +94,8 @@ def test_an_interrupted_stage_of_a_recipe_goes_on_with_the_same_numbers(micro, t
     whole = run_micro_stages(tmp_path / "whole", micro, stages)
     stream, drawn, told = Sampler.stream, [], []
 
-    def stopping(self, prompts, params):
-        for found in stream(self, prompts, params):
+    def stopping(self, prompts, params, **more):
+        for found in stream(self, prompts, params, **more):
             if len(told) < 2 and len(drawn) % 50 == 20:
                 told.append(len(drawn))
                 drawn.append(None)

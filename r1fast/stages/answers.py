@@ -54,9 +54,13 @@ def unscored(group: RolloutGroup) -> list[Sample]:
 class AnswerFile:
     """Samples by (part, problem id); a part is one set of sampling settings. Without a path it is only memory."""
 
-    def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
-        """Reads what is there. UserError where the file is of another key, naming what differs."""
+    def __init__(
+        self, path: Path | None, key: Mapping[str, Any], on_scored: Callable[[list[Sample]], None] | None = None
+    ) -> None:
+        """Reads what is there. UserError where the file is of another key, naming what differs. on_scored is told of
+        every problem that is judged from now on, in the thread that judges."""
         self.path = path
+        self._on_scored = on_scored
         self._drawn: dict[tuple[str, str], list[Sample]] = {}
         self._scored: dict[tuple[str, str], list[Sample]] = {}
         self._lock = threading.Lock()
@@ -102,6 +106,8 @@ class AnswerFile:
             if self._file is not None:
                 lines = [asdict(sample) for sample in samples]
                 self._write({"part": part, "id": problem, "scored": scored, "samples": lines})
+        if scored and self._on_scored is not None:
+            self._on_scored(samples)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -116,6 +122,25 @@ class AnswerFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Tally:
+    """Tells whoever waits how far an evaluation is: problems judged, the share of right samples among them, and their
+    length in tokens. update: of a Progress."""
+
+    def __init__(self, update: Callable[..., None]) -> None:
+        self._update = update
+        self.done = 0  # problems judged, before and now
+        self._right = self._judged = self._samples = self._tokens = 0.0
+
+    def __call__(self, samples: list[Sample]) -> None:
+        verdicts = [sample.correct for sample in samples if sample.correct is not None]
+        self.done += 1
+        self._right += sum(verdicts)
+        self._judged += len(verdicts)
+        self._samples += len(samples)
+        self._tokens += sum(sample.tokens for sample in samples)
+        self._update(self.done, accuracy=self._right / max(1, self._judged), length=self._tokens / self._samples)
 
 
 class Judging:

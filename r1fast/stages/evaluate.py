@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from r1fast import rewards
 from r1fast.parallel import world
 from r1fast.rewards.scoring import score
-from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample, unscored
+from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample, Tally, unscored
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.inputs import encode_problems, sample_texts, sampler_for, sampling_params, start_model, with_texts
 from r1fast.stages.measures import (
@@ -259,11 +259,11 @@ def log_evaluation(
         log_sample(ctx, step, "evaluation", group)
 
 
-def _answer_file(ctx: StageContext) -> AnswerFile:
+def _answer_file(ctx: StageContext, on_scored: Callable[[list[Sample]], None] | None = None) -> AnswerFile:
     """Each rank has its own: it draws and judges its share of the problems."""
     place = world()
     name = ANSWERS if place.first else f"answers-{place.rank}.jsonl"
-    return AnswerFile(ctx.directory / name, {"stage": ctx.name, "ranks": place.size, **ctx.snapshot_key})
+    return AnswerFile(ctx.directory / name, {"stage": ctx.name, "ranks": place.size, **ctx.snapshot_key}, on_scored)
 
 
 def evaluate_stage(ctx: StageContext, model, tokenizer, step: int, sampler: Sampler | None = None) -> dict | None:
@@ -282,11 +282,12 @@ def run(ctx: StageContext) -> StageOutcome:
     """The stage kind `evaluate`."""
     stage: EvaluateStage = ctx.stage
     model, tokenizer = start_model(ctx, stage.from_)
-    ctx.progress.stage(ctx.name, "evaluate", 1)
+    protocol = stage.protocol or ctx.recipe.evaluation
+    parts = 1 + bool(protocol.at_one) + protocol.greedy
+    ctx.progress.stage(ctx.name, "evaluate", parts * protocol.limit)
     if ctx.resume is None:
         Steps(ctx, 0, {}).save()  # an empty one: it keeps the folder, and so the answers, for a run that goes on
-    with _answer_file(ctx) as answers:
-        protocol = stage.protocol or ctx.recipe.evaluation
+    with _answer_file(ctx, Tally(ctx.progress.update)) as answers:
         result, main, general = Evaluator.of(ctx, model, tokenizer).evaluate(protocol, answers)
     log_evaluation(ctx, 0, result, main, general)
     return StageOutcome(stats={"pass@1": result["pass@1"], "cons@k": result["cons@k"]}, evaluation=result)
