@@ -323,7 +323,7 @@ def _prompts(recipe: RecipeConfig, tasks: Mapping[str, Task]) -> None:
 
 def _longest_prompt(task: Task, split: str, encode: Encoder) -> tuple[int, str]:
     """(tokens, problem id) of a split's longest prompt, looked for among the longest by characters."""
-    problems = task.problems(split, None if isinstance(task, RowTask) else _MADE)
+    problems = task.problems(split, None if task.reads_rows else _MADE)
     if not problems:
         raise UserError(f"task {task.name!r} has no {split} problems; give it more data")
     longest = sorted(problems, key=lambda p: len(p.text), reverse=True)[:_LONGEST]

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from benchmark_rows import BASELINE, RIGHT, ROWS, WRONG, hidden
+from micro_run import Silent
 from scripted import ScriptedSampler, byte_tokenizer, random_checkpoint
 
 from r1fast import rewards
 from r1fast.config import UserError
 from r1fast.evaluate import find_task, kind_of_rows, main
-from r1fast.schema import EvaluationConfig, SamplingConfig
+from r1fast.recipe import run
+from r1fast.schema import EvaluationConfig, RecipeConfig, SamplingConfig
 from r1fast.stages.evaluate import Evaluator
 from r1fast.tasks.benchmarks import TABLE, recognise
 
@@ -322,6 +324,25 @@ def test_the_whole_command_on_the_projects_data(checkpoint, tmp_path, capsys, na
     assert asked.strip() in found["rows"][0]["prompt"] and len(found["rows"][4]["completions"]) == 2
     if name == "math500":
         assert sum(part["problems"] for part in found["categories"].values()) == 5 and "category" in told
+
+
+def test_a_benchmark_is_a_task_of_a_recipe(checkpoint, tmp_path):
+    rows = [{**ROWS["math500"], "problem": f"What is {i} + 1?"} for i in range(300)]
+    recipe = {
+        "name": "exam",
+        "model": {"path": str(checkpoint), "template": "checkpoint", "max_length": 600},
+        "tasks": {"math": {"kind": "benchmark", "path": str(written(tmp_path / "rows.jsonl", rows)),
+                           "options": {"name": "math500"}}},
+        "evaluation": {"task": "math", "limit": 6, "samples": 2, "greedy": False, "sampling": {"max_tokens": 8}},
+        "stages": {"exam": {"kind": "evaluate", "from": "model"}},
+    }  # fmt: skip
+    summary = run(RecipeConfig.model_validate(recipe), tmp_path / "run", progress=Silent())
+    told = summary["stages"][0]["evaluation"]
+    assert (told["problems"], told["samples"], told["pass@1"]) == (6, 2, 0.0)
+    assert len((tmp_path / "run" / "stages" / "exam" / "answers.jsonl").read_text().splitlines()) == 1 + 2 * 6
+    written(tmp_path / "rows.jsonl", [*rows, {**ROWS["math500"], "problem": "long " * 150}])  # the last one is seen too
+    with pytest.raises(UserError, match="prompt 'math500-00301' of task 'math' has"):
+        run(RecipeConfig.model_validate(recipe), tmp_path / "again", progress=Silent())
 
 
 def test_a_verifier_that_cannot_run_here_is_told_before_the_model_is_read(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ class Task:
 
     kind: ClassVar[str] = ""
     Options: ClassVar[type[Strict]] = Strict  # what `options` may hold for this kind
+    reads_rows: ClassVar[bool] = False  # its problems are those of a file: there is an end to them
     verifier: str | None = None  # the reward that means "accuracy" here; None: nothing is right or wrong
     beside: tuple[str, ...] = ()  # rewards that an evaluation measures beside accuracy, format and language
 

@@ -45,6 +45,7 @@ class RowTask(Task):
     """Base of kinds that read rows. A kind says how a JSON object becomes a `Row`."""
 
     Options = RowOptions
+    reads_rows = True
     default_config: ClassVar[str | None] = None  # of a `datasets` name, where the kind's best-known one needs it
 
     def __init__(self, name: str, config: TaskConfig, default_path: str | None = None) -> None:

@@ -34,6 +34,7 @@ class Options(Strict):
 @register("benchmark")
 class BenchmarkTask(Task):
     Options = Options
+    reads_rows = True
 
     def __init__(self, name: str, config: TaskConfig, default_path: str | None = None) -> None:
         """Reads and checks all rows. `path`: a file, a folder, or a data set's name; without one, the table's."""
