@@ -69,6 +69,14 @@ void check_offsets(const int32_t* cu_seqlens, int64_t sequences, int64_t rows, i
                                 ", but a sequence has " + std::to_string(longest) + " tokens");
 }
 
+void check_groups(const int32_t* cu_groups, int64_t groups, int64_t sequences) {
+  bool rising = cu_groups[0] == 0 && cu_groups[groups] == sequences;
+  for (int64_t g = 0; g < groups; ++g) rising &= cu_groups[g + 1] > cu_groups[g];
+  if (!rising)
+    throw std::invalid_argument("prefix_attention: cu_groups must rise from 0 to " + std::to_string(sequences) +
+                                ", the sequences of cu_seqlens, by at least 1");
+}
+
 void check_positions(const int64_t* positions, int64_t rows, int64_t limit) {
   bool inside = true;
   for (int64_t i = 0; i < rows; ++i) inside &= static_cast<uint64_t>(positions[i]) < static_cast<uint64_t>(limit);
@@ -182,13 +190,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "attention_forward",
       [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v,
-             int64_t v_row, int64_t v_head, Address cu_seqlens, int64_t sequences, int64_t rows, int64_t max_seqlen,
-             int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out, Address softmax) {
+             int64_t v_row, int64_t v_head, Address cu_seqlens, int64_t sequences, Address cu_groups, int64_t groups,
+             int64_t rows, int64_t max_seqlen, int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out,
+             Address softmax) {
         const auto* offsets = at<const int32_t>(cu_seqlens);
         check_offsets(offsets, sequences, rows, max_seqlen);
+        if (cu_groups) check_groups(at<const int32_t>(cu_groups), groups, sequences);
         if (!ops.attention_forward(strided(q, q_row, q_head), strided(k, k_row, k_head), strided(v, v_row, v_head),
-                                   offsets, sequences, heads, kv_heads, dim, scale, at<float>(out),
-                                   at<r1::Softmax>(softmax)))
+                                   offsets, at<const int32_t>(cu_groups), groups, heads, kv_heads, dim, scale,
+                                   at<float>(out), at<r1::Softmax>(softmax)))
           throw std::bad_alloc();
       },
       Release());
@@ -196,12 +206,12 @@ PYBIND11_MODULE(_cpu, m) {
       "attention_backward",
       [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v,
              int64_t v_row, int64_t v_head, Address d_out, int64_t d_row, int64_t d_head, Address cu_seqlens,
-             int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out,
+             Address cu_groups, int64_t groups, int64_t heads, int64_t kv_heads, int64_t dim, float scale, Address out,
              Address softmax, Address d_q, Address d_k, Address d_v) {
         if (!ops.attention_backward(strided(q, q_row, q_head), strided(k, k_row, k_head), strided(v, v_row, v_head),
                                     strided(d_out, d_row, d_head), at<const float>(out), at<const r1::Softmax>(softmax),
-                                    at<const int32_t>(cu_seqlens), sequences, heads, kv_heads, dim, scale,
-                                    at<float>(d_q), at<float>(d_k), at<float>(d_v)))
+                                    at<const int32_t>(cu_seqlens), at<const int32_t>(cu_groups), groups, heads,
+                                    kv_heads, dim, scale, at<float>(d_q), at<float>(d_k), at<float>(d_v)))
           throw std::bad_alloc();
       },
       Release());

@@ -20,6 +20,7 @@ OP_MODULES = {
     "paged_attention": "paged_attention",
     "paged_append": "paged_attention",
     "varlen_attention": "varlen_attention",
+    "prefix_attention": "prefix_attention",
     "sample_token": "sample_token",
     "rms_norm": "rms_norm",
     "rope": "rope",

@@ -132,7 +132,7 @@ def reference(q, k, v, cu_seqlens, max_seqlen, scale) -> Tensor:
 LARGEST_HEAD = 256  # of the C++ backend
 
 
-def _cpu_supports(q, k, v, cu_seqlens, max_seqlen, scale) -> str | None:
+def cpu_supports(q, k, v, cu_seqlens, max_seqlen, scale) -> str | None:
     if q.shape[2] > LARGEST_HEAD:
         return f"a head of {q.shape[2]} is wider than {LARGEST_HEAD}"
     if scale is not None and not scale > 0:
@@ -144,6 +144,11 @@ def _cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, tuple]
     """Forward and backward on one AVX-512 core, the reference's time first: 256 tokens in 8 sequences 0.46 and 0.25 ms,
     15k in 256 36 and 14 ms (4+2 heads of 16), 8k in 64 138 and 66 ms (8+4 of 64), 4k in 4 875 and 596 ms (12+2 of 128).
     """
+    return cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale)
+
+
+def cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale, cu_groups: Tensor | None = None) -> tuple[Tensor, tuple]:
+    """`cu_groups`: prefix_attention's, which the same C++ serves."""
     q, k, v = native.without_gaps(q), native.without_gaps(k), native.without_gaps(v)
     cu_seqlens = cu_seqlens.contiguous()
     rows, heads, width = q.shape
@@ -151,19 +156,24 @@ def _cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale) -> tuple[Tensor, tuple]
     sizes = (heads, k.shape[1], width, width**-0.5 if scale is None else scale)
     ends = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1)
     native.cpu().attention_forward(
-        *native.place(q), *native.place(k), *native.place(v), *ends, rows, max_seqlen, *sizes,
-        out.data_ptr(), softmax.data_ptr(),
+        *native.place(q), *native.place(k), *native.place(v), *ends, *_groups(cu_seqlens, cu_groups), rows, max_seqlen,
+        *sizes, out.data_ptr(), softmax.data_ptr(),
     )  # fmt: skip
-    return out, (q, k, v, cu_seqlens, out, softmax, sizes)
+    return out, (q, k, v, cu_seqlens, cu_groups, out, softmax, sizes)
 
 
-def _cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, cu_seqlens, out, softmax, sizes = saved
+def _groups(cu_seqlens: Tensor, cu_groups: Tensor | None) -> tuple[int, int]:
+    """Address and number of the groups; without any, each sequence is one."""
+    return (0, cu_seqlens.shape[0] - 1) if cu_groups is None else (cu_groups.data_ptr(), cu_groups.shape[0] - 1)
+
+
+def cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, cu_seqlens, cu_groups, out, softmax, sizes = saved
     d_out = native.without_gaps(grads[0])
     d_q, d_k, d_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
     native.cpu().attention_backward(
         *native.place(q), *native.place(k), *native.place(v), *native.place(d_out), cu_seqlens.data_ptr(),
-        cu_seqlens.shape[0] - 1, *sizes, *(x.data_ptr() for x in (out, softmax, d_q, d_k, d_v)),
+        *_groups(cu_seqlens, cu_groups), *sizes, *(x.data_ptr() for x in (out, softmax, d_q, d_k, d_v)),
     )  # fmt: skip
     return d_q, d_k, d_v
 
@@ -219,7 +229,7 @@ OP = register(
         check=check,
         reference=reference,
         backends={
-            "cpu": Backend(_cpu_forward, _cpu_backward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
+            "cpu": Backend(_cpu_forward, cpu_backward, unavailable=native.cpu_unavailable, supports=cpu_supports),
             "flash": _by_library(library.flash, library.flash_unavailable),
             "torch": _by_library(library.packed, library.torch_unavailable, deterministic_flag=True),
             "cudnn": _by_library(

@@ -56,12 +56,14 @@
   /* x, out: [count] */                                                                                               \
   void vector_exp(const float* x, float* out, int64_t count);                                                         \
   /* q, d_out: [T, heads, dim]; k, v: [T, kv_heads, dim]; out, d_q, d_k, d_v of those shapes; softmax: [T, heads]; */ \
-  /* cu_seqlens: [sequences + 1], rising; scale > 0; dim <= 256. False when memory runs out */                        \
-  bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlens, int64_t sequences,               \
-                         int64_t heads, int64_t kv_heads, int64_t dim, float scale, float* out, Softmax* softmax);    \
+  /* cu_seqlens: [sequences + 1], rising; cu_groups: [groups + 1], of sequences, null where each is alone (groups is */ \
+  /* then their number); scale > 0; dim <= 256. False when memory runs out */                                         \
+  bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlens, const int32_t* cu_groups,        \
+                         int64_t groups, int64_t heads, int64_t kv_heads, int64_t dim, float scale, float* out,       \
+                         Softmax* softmax);                                                                           \
   bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const float* out, const Softmax* softmax,   \
-                          const int32_t* cu_seqlens, int64_t sequences, int64_t heads, int64_t kv_heads,              \
-                          int64_t dim, float scale, float* d_q, float* d_k, float* d_v);                              \
+                          const int32_t* cu_seqlens, const int32_t* cu_groups, int64_t groups, int64_t heads,         \
+                          int64_t kv_heads, int64_t dim, float scale, float* d_q, float* d_k, float* d_v);            \
   /* x: [rows / inner, inner, width]; weight, d_weight: [width]; scale: [rows], 1 / rms; all others [rows, width]: */ \
   /* residual, total = x + residual and d_total (null where there is none); s: what was normalised, x or total */     \
   void rms_norm_forward(Strided x, int64_t rows, int64_t inner, int64_t width, const float* residual,                 \

@@ -1,7 +1,9 @@
-// Causal attention of packed sequences, forward and backward. See kernels/varlen_attention.py for the contract.
+// Causal attention of packed sequences, forward and backward, also of groups that share their first sequence. See
+// kernels/varlen_attention.py and kernels/prefix_attention.py for the contracts.
 //
-// A task is one sequence and one key head with its group of query heads; tasks are independent and each runs in one
-// fixed order, so results do not depend on the number of threads. Every product is `product`: a tile of kRows rows, up
+// A task is one group (or one sequence, where there are none) and one key head with its query heads; tasks are
+// independent and each runs in one fixed order, so results do not depend on the number of threads, and the gradient of
+// a group's shared keys is summed in the order of its sequences. Every product is `product`: a tile of kRows rows, up
 // to three vectors wide, in registers; its right operand is read by vectors (so keys and values are transposed once a
 // task), its left one by single elements at strides known to the compiler (so rows of q are copied first, scaled on the
 // way, and a transposed left operand is free).
@@ -154,23 +156,39 @@ inline void online_softmax(float* scores, int64_t rows, int64_t seen, int64_t co
   }
 }
 
-// One query head of one sequence. keys: transposed blocks; out, softmax: this head's first row.
-void forward_head(const Shape& shape, Strided q, const float* keys, int64_t stride, Vectors v, int64_t length,
-                  float* out, Softmax* softmax, float* scratch) {
+// Keys that query rows see: all of a shared prefix, or of their own sequence those up to themselves.
+struct Span {
+  const float* keys;  // transposed blocks, `stride` keys each
+  int64_t stride;
+  Vectors values;
+  int64_t length;
+  bool whole;  // all rows see all of it
+};
+
+// One query head of one sequence of `length` rows. out, softmax: this head's first row.
+void forward_head(const Shape& shape, Strided q, const Span* spans, int span_count, int64_t length, float* out,
+                  Softmax* softmax, float* scratch) {
   float *queries = scratch, *scores = queries + kRows * kWide, *sums = scores + kRows * kScores;
   for (int64_t first = 0; first < length; first += kRows) {
-    const int64_t end = first + kRows < length ? first + kRows : length;
+    const int64_t rows = first + kRows < length ? kRows : length - first;
     float most[kRows], mass[kRows] = {};
     for (int r = 0; r < kRows; ++r) most[r] = -INFINITY;
     copy_rows(q.data, q.row, first, length, shape.dim, shape.scale, queries);
-    for (int64_t start = 0; start < end; start += stride) {
-      const int64_t count = end - start < stride ? end - start : stride;
-      product<kWide, 1>(queries, keys + start * shape.dim, stride, shape.dim, scores, kScores, round_up(count, kLanes),
-                        false);
-      online_softmax(scores, end - first, first + 1 - start, count, start > 0, shape.wide, most, mass, sums);
-      product<kScores, 1>(scores, v.data + start * v.row, v.row, count, sums, shape.wide, shape.wide, start > 0);
+    bool again = false;
+    for (const Span* span = spans; span < spans + span_count; ++span) {
+      const int64_t end = span->whole ? span->length : first + rows;
+      for (int64_t start = 0; start < end; start += span->stride) {
+        const int64_t count = end - start < span->stride ? end - start : span->stride;
+        const int64_t seen = span->whole ? count : first + 1 - start;
+        product<kWide, 1>(queries, span->keys + start * shape.dim, span->stride, shape.dim, scores, kScores,
+                          round_up(count, kLanes), false);
+        online_softmax(scores, rows, seen, count, again, shape.wide, most, mass, sums);
+        product<kScores, 1>(scores, span->values.data + start * span->values.row, span->values.row, count, sums,
+                            shape.wide, shape.wide, again);
+        again = true;
+      }
     }
-    for (int64_t r = 0; r < end - first; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       float* to = out + (first + r) * shape.heads * shape.dim;
       const float inverse = 1.0f / mass[r];
       for (int64_t d = 0; d < shape.dim; d += kLanes)
@@ -182,6 +200,7 @@ void forward_head(const Shape& shape, Strided q, const float* keys, int64_t stri
 
 // What a task of the backward pass reads and writes for one query head.
 struct HeadGradient {
+  int64_t length;  // query rows
   Strided q, out, d_out;
   Vectors q_rows, d_out_rows;
   const Softmax* softmax;  // of this head's first row, as forward wrote it
@@ -193,6 +212,7 @@ struct Keys {
   int64_t stride, length;
   Vectors rows;    // keys as they are
   float *d_k, *d_v;  // sums, [length rounded up to kRows, wide]
+  bool whole;        // all query rows see all of these
 };
 
 struct Tile {  // a tile of query rows and what is made for it
@@ -200,20 +220,21 @@ struct Tile {  // a tile of query rows and what is made for it
   float delta[kQueries];  // sum of out * d_out of each row
 };
 
-// Query rows first + r0 to + kRows and a block of keys from `start`: fills p and ds, adds to d_q.
+// Query rows first + r0 to + kRows and a block of keys from `start`: fills p and ds; sets d_q, or adds to it.
 inline void backward_scores(const Shape& shape, const HeadGradient& head, const Keys& k, Tile& tile, int64_t first,
-                            int64_t r0, int64_t start) {
-  int64_t count = first + r0 + kRows - start;  // keys that some row of these sees
+                            int64_t r0, int64_t start, bool add) {
+  const int64_t left = k.length - start;
+  int64_t count = k.whole ? left : first + r0 + kRows - start;  // keys that some row of these sees
   count = count < k.stride ? count : k.stride;
-  const int64_t width = round_up(count, kLanes), left = k.length - start, here = left < count ? left : count;
+  const int64_t width = round_up(count, kLanes), here = left < count ? left : count;
   float *p = tile.p + r0 * kScores, *ds = tile.ds + r0 * kScores;
   product<kWide, 1>(tile.queries + r0 * kWide, k.keys + start * shape.dim, k.stride, shape.dim, p, kScores, width,
                     false);
   product<kWide, 1>(tile.grads + r0 * kWide, k.values + start * shape.dim, k.stride, shape.dim, ds, kScores, width,
                     false);
-  const int64_t after = k.length - first - r0, rows = after < kRows ? after : kRows;
+  const int64_t after = head.length - first - r0, rows = after < kRows ? after : kRows;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = first + r0 + r, seen = row + 1 - start, live = seen < here ? seen : here;
+    const int64_t row = first + r0 + r, seen = k.whole ? here : row + 1 - start, live = seen < here ? seen : here;
     const Softmax softmax = head.softmax[row * shape.heads];
     probabilities(p + r * kScores, live, width, softmax.most);
     const float delta = tile.delta[r0 + r];
@@ -224,7 +245,7 @@ inline void backward_scores(const Shape& shape, const HeadGradient& head, const 
     }
   }
   product<kScores, 1>(ds, k.rows.data + start * k.rows.row, k.rows.row, here, tile.d_q + r0 * shape.wide, shape.wide,
-                      shape.wide, start > 0);
+                      shape.wide, add);
 }
 
 void start_tile(const Shape& shape, const HeadGradient& head, int64_t first, int64_t rows, Tile& tile) {
@@ -241,21 +262,27 @@ void start_tile(const Shape& shape, const HeadGradient& head, int64_t first, int
   }
 }
 
-// One query head of one sequence: writes d_q, adds to d_k (without the factor `scale`) and d_v.
-void backward_head(const Shape& shape, const HeadGradient& head, const Keys& k, Tile& tile) {
-  for (int64_t first = 0; first < k.length; first += kQueries) {
-    const int64_t rows = k.length - first < kQueries ? k.length - first : kQueries;
+// One query head of one sequence: writes d_q, adds to d_k (without the factor `scale`) and d_v of every span.
+void backward_head(const Shape& shape, const HeadGradient& head, const Keys* spans, int span_count, Tile& tile) {
+  for (int64_t first = 0; first < head.length; first += kQueries) {
+    const int64_t rows = head.length - first < kQueries ? head.length - first : kQueries;
     start_tile(shape, head, first, rows, tile);
-    for (int64_t start = 0; start < first + rows; start += k.stride) {
-      for (int64_t r0 = 0; r0 < rows; r0 += kRows) backward_scores(shape, head, k, tile, first, r0, start);
-      const int64_t count = first + rows - start < k.stride ? first + rows - start : k.stride;
-      for (int64_t j = 0; j < count; j += kRows) {
-        const int64_t skip = start + j > first ? start + j - first : 0;  // earlier queries see none of these keys
-        const int64_t at = skip * kScores + j, to = (start + j) * shape.wide, row = first + skip;
-        product<1, kScores>(tile.ds + at, head.q_rows.data + row * head.q_rows.row, head.q_rows.row, rows - skip,
-                            k.d_k + to, shape.wide, shape.wide, true);
-        product<1, kScores>(tile.p + at, head.d_out_rows.data + row * head.d_out_rows.row, head.d_out_rows.row,
-                            rows - skip, k.d_v + to, shape.wide, shape.wide, true);
+    bool again = false;
+    for (const Keys* k = spans; k < spans + span_count; ++k) {
+      const int64_t end = k->whole ? k->length : first + rows;
+      for (int64_t start = 0; start < end; start += k->stride) {
+        for (int64_t r0 = 0; r0 < rows; r0 += kRows) backward_scores(shape, head, *k, tile, first, r0, start, again);
+        again = true;
+        const int64_t count = end - start < k->stride ? end - start : k->stride;
+        for (int64_t j = 0; j < count; j += kRows) {
+          // of their own sequence, earlier queries see none of these keys
+          const int64_t skip = !k->whole && start + j > first ? start + j - first : 0;
+          const int64_t at = skip * kScores + j, to = (start + j) * shape.wide, row = first + skip;
+          product<1, kScores>(tile.ds + at, head.q_rows.data + row * head.q_rows.row, head.q_rows.row, rows - skip,
+                              k->d_k + to, shape.wide, shape.wide, true);
+          product<1, kScores>(tile.p + at, head.d_out_rows.data + row * head.d_out_rows.row, head.d_out_rows.row,
+                              rows - skip, k->d_v + to, shape.wide, shape.wide, true);
+        }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -268,99 +295,167 @@ void backward_head(const Shape& shape, const HeadGradient& head, const Keys& k, 
 
 Strided head_of(Strided x, int64_t row, int64_t head) { return {x.data + row * x.row + head * x.head, x.row, x.head}; }
 
-int64_t multiply_adds(const int32_t* cu_seqlens, int64_t sequences, const Shape& shape) {
-  int64_t pairs = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t length = cu_seqlens[s + 1] - cu_seqlens[s];
-    pairs += length * length;
+// Which sequences a task sees: those from `first` to `last`, each behind the first one where there are several.
+struct Group {
+  int64_t first, last;
+};
+
+struct Pack {
+  const int32_t *cu_seqlens, *cu_groups;  // cu_groups null: every sequence is alone
+  int64_t groups;
+
+  Group group(int64_t index) const {
+    return cu_groups ? Group{cu_groups[index], cu_groups[index + 1]} : Group{index, index + 1};
   }
-  return pairs * shape.heads * shape.dim;
+  int64_t begin(int64_t sequence) const { return cu_seqlens[sequence]; }
+  int64_t length(int64_t sequence) const { return cu_seqlens[sequence + 1] - cu_seqlens[sequence]; }
+  int64_t longest_after(const Group& group) const {
+    int64_t most = 0;
+    for (int64_t s = group.first + 1; s < group.last; ++s) most = length(s) > most ? length(s) : most;
+    return most;
+  }
+  int64_t multiply_adds(const Shape& shape) const {
+    int64_t pairs = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const Group sequences = group(g);
+      for (int64_t s = sequences.first; s < sequences.last; ++s)
+        pairs += length(s) * (length(s) + (s > sequences.first ? length(sequences.first) : 0));
+    }
+    return pairs * shape.heads * shape.dim;
+  }
+};
+
+// Keys and values of `length` rows as forward_head reads them.
+int64_t span_size(int64_t length, const Shape& shape) {
+  return (length ? round_up(length, block_stride(length)) * shape.dim : 0) + round_up(length * shape.wide, kLanes);
+}
+
+Span span_of(Strided k, Strided v, int64_t length, const Shape& shape, bool whole, float* memory) {
+  const int64_t stride = block_stride(length);
+  if (length == 0) return {memory, kLanes, {memory, shape.wide}, 0, whole};
+  transpose(k.data, k.row, length, shape.dim, stride, memory);
+  float* copy = memory + round_up(length, stride) * shape.dim;
+  return {memory, stride, vectors_of(v.data, v.row, length, shape, copy), length, whole};
+}
+
+// The same for backward_head, with room for the gradients, which are set to zero.
+int64_t matrix_size(int64_t length, const Shape& shape) { return round_up(length, kQueries) * shape.wide; }
+
+int64_t keys_size(int64_t length, const Shape& shape) {
+  return (length ? 2 * round_up(length, block_stride(length)) * shape.dim : 0) + 3 * matrix_size(length, shape);
+}
+
+Keys keys_of(Strided k, Strided v, int64_t length, const Shape& shape, float* memory) {
+  const int64_t stride = block_stride(length), matrix = matrix_size(length, shape);
+  if (length == 0) return {memory, memory, kLanes, 0, {memory, shape.wide}, memory, memory, false};
+  const int64_t padded = round_up(length, stride) * shape.dim;
+  float *keys = memory, *values = keys + padded, *d_k = values + padded, *d_v = d_k + matrix;
+  transpose(k.data, k.row, length, shape.dim, stride, keys);
+  transpose(v.data, v.row, length, shape.dim, stride, values);
+  std::memset(d_k, 0, 2 * matrix * sizeof(float));
+  return {keys, values, stride, length, vectors_of(k.data, k.row, length, shape, d_v + matrix), d_k, d_v, false};
+}
+
+void write_gradients(const Keys& keys, const Shape& shape, int64_t begin, int64_t kv, float* d_k, float* d_v) {
+  for (int64_t i = 0; i < keys.length; ++i)
+    for (int64_t d = 0; d < shape.dim; d += kLanes) {
+      const int64_t to = ((begin + i) * shape.kv_heads + kv) * shape.dim + d;
+      store(d_k + to, load(keys.d_k + i * shape.wide + d) * shape.scale, shape.dim - d);
+      store(d_v + to, load(keys.d_v + i * shape.wide + d), shape.dim - d);
+    }
 }
 
 }  // namespace
 
-bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlens, int64_t sequences, int64_t heads,
-                       int64_t kv_heads, int64_t dim, float scale, float* out, Softmax* softmax) {
+bool attention_forward(Strided q, Strided k, Strided v, const int32_t* cu_seqlens, const int32_t* cu_groups,
+                       int64_t groups, int64_t heads, int64_t kv_heads, int64_t dim, float scale, float* out,
+                       Softmax* softmax) {
   const Shape shape{heads, kv_heads, dim, round_up(dim, kLanes), scale};
-  const int64_t group = heads / kv_heads;
+  const Pack pack{cu_seqlens, cu_groups, groups};
+  const int64_t share = heads / kv_heads;
   bool enough = true;
-#pragma omp parallel if (multiply_adds(cu_seqlens, sequences, shape) > kSerial)
+#pragma omp parallel if (pack.multiply_adds(shape) > kSerial)
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < sequences * kv_heads; ++task) {
-      const int64_t begin = cu_seqlens[task / kv_heads], length = cu_seqlens[task / kv_heads + 1] - begin;
-      const int64_t kv = task % kv_heads, stride = block_stride(length), padded = round_up(length, stride ? stride : 1);
-      if (length == 0) continue;
-      if (!scratch.reserve(padded * dim + length * shape.wide + kRows * (kWide + kScores + shape.wide))) {
+    for (int64_t task = 0; task < groups * kv_heads; ++task) {
+      const Group group = pack.group(task / kv_heads);
+      const int64_t kv = task % kv_heads, size = span_size(pack.length(group.first), shape);
+      const int64_t largest = span_size(pack.longest_after(group), shape);
+      if (!scratch.reserve(size + largest + kRows * (kWide + kScores + shape.wide))) {
 #pragma omp atomic write
         enough = false;
         continue;
       }
-      float *keys = scratch.data(), *copy = keys + padded * dim, *work = copy + round_up(length * shape.wide, kLanes);
-      const Strided k_head = head_of(k, begin, kv), v_head = head_of(v, begin, kv);
-      transpose(k_head.data, k.row, length, dim, stride, keys);
-      const Vectors values = vectors_of(v_head.data, v.row, length, shape, copy);
-      for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-        forward_head(shape, head_of(q, begin, h), keys, stride, values, length, out + (begin * heads + h) * dim,
-                     softmax + begin * heads + h, work);
+      float *own = scratch.data() + size, *work = own + largest;
+      Span spans[2];
+      for (int64_t s = group.first; s < group.last; ++s) {
+        const int64_t begin = pack.begin(s), length = pack.length(s);
+        const bool behind = s > group.first;  // the first sequence is the others' prefix
+        spans[behind] = span_of(head_of(k, begin, kv), head_of(v, begin, kv), length, shape, false,
+                                behind ? own : scratch.data());
+        for (int64_t h = kv * share; h < (kv + 1) * share; ++h)
+          forward_head(shape, head_of(q, begin, h), spans, 1 + behind, length, out + (begin * heads + h) * dim,
+                       softmax + begin * heads + h, work);
+        spans[0].whole = true;
+      }
     }
   }
   return enough;
 }
 
 bool attention_backward(Strided q, Strided k, Strided v, Strided d_out, const float* out, const Softmax* softmax,
-                        const int32_t* cu_seqlens, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim,
-                        float scale, float* d_q, float* d_k, float* d_v) {
+                        const int32_t* cu_seqlens, const int32_t* cu_groups, int64_t groups, int64_t heads,
+                        int64_t kv_heads, int64_t dim, float scale, float* d_q, float* d_k, float* d_v) {
   const Shape shape{heads, kv_heads, dim, round_up(dim, kLanes), scale};
-  const int64_t group = heads / kv_heads;
+  const Pack pack{cu_seqlens, cu_groups, groups};
+  const int64_t share = heads / kv_heads;
   const Strided saved{out, heads * dim, dim};
   bool enough = true;
-#pragma omp parallel if (multiply_adds(cu_seqlens, sequences, shape) > kSerial)
+#pragma omp parallel if (pack.multiply_adds(shape) > kSerial)
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < sequences * kv_heads; ++task) {
-      const int64_t begin = cu_seqlens[task / kv_heads], length = cu_seqlens[task / kv_heads + 1] - begin;
-      const int64_t kv = task % kv_heads, stride = block_stride(length), padded = round_up(length, stride ? stride : 1);
-      if (length == 0) continue;
-      const int64_t matrix = round_up(length, kQueries) * shape.wide;
-      if (!scratch.reserve(2 * padded * dim + 5 * matrix + kQueries * (2 * kWide + 2 * kScores + shape.wide))) {
+    for (int64_t task = 0; task < groups * kv_heads; ++task) {
+      const Group group = pack.group(task / kv_heads);
+      const int64_t kv = task % kv_heads, size = keys_size(pack.length(group.first), shape);
+      const int64_t after = pack.longest_after(group), largest = keys_size(after, shape);
+      const int64_t longest = pack.length(group.first) > after ? pack.length(group.first) : after;
+      const int64_t matrix = matrix_size(longest, shape);
+      if (!scratch.reserve(size + largest + 2 * matrix + kQueries * (2 * kWide + 2 * kScores + shape.wide))) {
 #pragma omp atomic write
         enough = false;
         continue;
       }
-      float *keys = scratch.data(), *values = keys + padded * dim, *d_keys = values + padded * dim;
-      float *d_values = d_keys + matrix, *copies = d_values + matrix;
+      float *own = scratch.data() + size, *copies = own + largest;
       Tile tile;
-      tile.queries = copies + 3 * matrix;
+      tile.queries = copies + 2 * matrix;
       tile.grads = tile.queries + kQueries * kWide;
       tile.p = tile.grads + kQueries * kWide;
       tile.ds = tile.p + kQueries * kScores;
       tile.d_q = tile.ds + kQueries * kScores;
-      const Strided k_head = head_of(k, begin, kv), v_head = head_of(v, begin, kv);
-      transpose(k_head.data, k.row, length, dim, stride, keys);
-      transpose(v_head.data, v.row, length, dim, stride, values);
-      std::memset(d_keys, 0, 2 * matrix * sizeof(float));
-      const Keys all_keys{keys,   values,  stride, length, vectors_of(k_head.data, k.row, length, shape, copies),
-                          d_keys, d_values};
-      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        const Strided q_head = head_of(q, begin, h), d_head = head_of(d_out, begin, h);
-        const HeadGradient head{q_head,
-                                head_of(saved, begin, h),
-                                d_head,
-                                vectors_of(q_head.data, q.row, length, shape, copies + matrix),
-                                vectors_of(d_head.data, d_out.row, length, shape, copies + 2 * matrix),
-                                softmax + begin * heads + h,
-                                d_q + (begin * heads + h) * dim};
-        backward_head(shape, head, all_keys, tile);
-      }
-      for (int64_t i = 0; i < length; ++i)
-        for (int64_t d = 0; d < dim; d += kLanes) {
-          const int64_t to = ((begin + i) * kv_heads + kv) * dim + d;
-          store(d_k + to, load(d_keys + i * shape.wide + d) * scale, dim - d);
-          store(d_v + to, load(d_values + i * shape.wide + d), dim - d);
+      Keys spans[2];
+      for (int64_t s = group.first; s < group.last; ++s) {
+        const int64_t begin = pack.begin(s), length = pack.length(s);
+        const bool behind = s > group.first;
+        spans[behind] =
+            keys_of(head_of(k, begin, kv), head_of(v, begin, kv), length, shape, behind ? own : scratch.data());
+        for (int64_t h = kv * share; h < (kv + 1) * share; ++h) {
+          const Strided q_head = head_of(q, begin, h), d_head = head_of(d_out, begin, h);
+          const HeadGradient head{length,
+                                  q_head,
+                                  head_of(saved, begin, h),
+                                  d_head,
+                                  vectors_of(q_head.data, q.row, length, shape, copies),
+                                  vectors_of(d_head.data, d_out.row, length, shape, copies + matrix),
+                                  softmax + begin * heads + h,
+                                  d_q + (begin * heads + h) * dim};
+          backward_head(shape, head, spans, 1 + behind, tile);
         }
+        if (behind) write_gradients(spans[1], shape, begin, kv, d_k, d_v);
+        spans[0].whole = true;
+      }
+      write_gradients(spans[0], shape, pack.begin(group.first), kv, d_k, d_v);
     }
   }
   return enough;
