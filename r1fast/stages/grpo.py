@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from r1fast.config import UserError
 from r1fast.learn.advantages import informative, overlong_penalty
@@ -214,7 +214,12 @@ class GRPOStageRun:
             timer=self.timer,
         )
 
-    def report(self, step: int, drawn: Drawn, update) -> None:
+    def step(self, step: int) -> dict[str, Any]:
+        """Step number `step`, from 1: draw, learn, report. Returns what the log was told."""
+        drawn = self.draw(step - 1)
+        return self.report(step, drawn, self.learn(drawn.groups))
+
+    def report(self, step: int, drawn: Drawn, update) -> dict[str, Any]:
         rollouts = [r for g in drawn.sampled for r in g.rollouts]
         kinds = sorted({kind for r in rollouts for kind in r.rewards})
         by_kind = {}
@@ -264,6 +269,7 @@ class GRPOStageRun:
         for alarm in self.alarms.look(event):
             self.ctx.log.event(event="alarm", stage=self.ctx.name, name=alarm.name, step=step, text=alarm.text)
             self.ctx.progress.warn(f"{self.ctx.name}, step {step}: {alarm.text}")
+        return event
 
     def curve(self, step: int) -> None:
         """A point of the curves, on validation problems: test problems are kept for the stage table."""
@@ -295,9 +301,7 @@ def run(ctx: StageContext) -> StageOutcome:
     if stage.evaluate_every and not loop.loop.done:
         loop.curve(0)
     for step in loop.loop:
-        drawn = loop.draw(step - 1)
-        update = loop.learn(drawn.groups)
-        loop.report(step, drawn, update)
+        loop.step(step)
         loop.refresh_reference(step)
         if stage.evaluate_every and step % stage.evaluate_every == 0:
             loop.curve(step)

@@ -1,0 +1,260 @@
+"""`python -m benchmarks.vs_trl`: a whole GRPO step beside TRL's on this machine, by phase.
+
+Both sides are processes that stay up and take a step in turns, so that a change of the machine's mood meets both; a
+ratio is the median of the ratios of the pairs, with the lowest and highest. Pairs during which other processes took
+more than a tenth of a core are measured again: two threads that wait for each other slow down tenfold then. TRL runs with the settings that were the
+fastest here: `--search` tries its micro-batches, with the C library's malloc as it is and told to keep its memory, and
+the file remembers what was tried. Measuring goes on where the file stops: a call that is cut short loses one case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.whole_step import CONTENDERS, Shape, ask, make_checkpoint
+
+SIZES = {
+    "3M": Shape(),
+    "30M": Shape(hidden=512, layers=8, heads=8, kv_heads=4, inner=1536, vocabulary=8192),
+}
+WORKS = {"8 x 8": {}, "4 x 16 long": {"prompts": 4, "group": 16, "prompt": (512, 512)}}
+OTHERS = 0.1  # cores busy with something else during a step, above which its pair is measured again
+PHASES = ("sample", "score", "logprob", "learn", "other")
+KEEP = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
+TRIED = [{"micro_batch": size, "malloc": malloc} for malloc in ("keep", "default") for size in (8, 16, 32, 64)]
+
+
+def case_name(size: str, work: str, kl: bool) -> str:
+    return f"{size}, {work}, KL {'on' if kl else 'off'}"
+
+
+class Contender:
+    """A process of benchmarks.whole_step that steps when told to."""
+
+    def __init__(self, who: str, shape: Shape, checkpoint: Path, settings: dict, malloc: str = "default") -> None:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **(KEEP if malloc == "keep" else {})}
+        self.who, self.errors = who, tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.whole_step"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        self._send(ask(who, shape, checkpoint, settings))
+        self._read()
+
+    def _send(self, line: str) -> None:
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read().decode()[-2000:]
+            raise RuntimeError(f"{self.who} ended with exit code {code} before it was done:\n{said}")
+        return json.loads(line)
+
+    def step(self) -> dict:
+        """What the process told of its step, and `others`: cores that were busy with something else meanwhile."""
+        before, start = self._ticks(), time.perf_counter()
+        self._send("step\n")
+        found = self._read()
+        busy, own = (after - earlier for after, earlier in zip(self._ticks(), before, strict=True))
+        ticks = os.sysconf("SC_CLK_TCK") * (time.perf_counter() - start)
+        return found | {"others": round(max(0.0, busy - own) / ticks, 3)}
+
+    def _ticks(self) -> tuple[int, int]:
+        """CPU time so far, of the machine (the hypervisor's share with it) and of this process; zeros elsewhere."""
+        if sys.platform != "linux":
+            return 0, 0
+        user, nice, system, _, _, irq, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        mine = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return user + nice + system + irq + soft + steal, int(mine[11]) + int(mine[12])
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def peak_rate(size: int = 2048) -> float:
+    """FLOP/s of torch's float32 product, the best of several."""
+    a, b = torch.randn(2, size, size)
+    out, best = torch.empty(size, size), float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Results:
+    """The machine's file, written after every step that was measured."""
+
+    def __init__(self) -> None:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        self.commit = commit.stdout.strip() or "no commit"
+        name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+        self.path = RESULTS / f"{name}-vs_trl.json"
+        self.data = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        self.data["machine"] = machine | {name: version(name) for name in ("trl", "transformers")}
+        self.data.setdefault("tried", {})
+        self.data.setdefault("cases", {})
+
+    def best(self, case: str) -> dict:
+        tried = self.data["tried"].get(case)
+        return min(tried, key=lambda row: row["seconds"])["settings"] if tried else TRIED[0]
+
+    def case(self, name: str, trl: dict, ours: dict) -> dict:
+        """The case's entry; a new one where it was measured at another commit or with other settings."""
+        entry = self.data["cases"].get(name)
+        told = {"commit": self.commit, "trl": trl, "ours": ours}
+        if entry is None or any(entry[key] != value for key, value in told.items()):
+            entry = self.data["cases"][name] = {**told, "peak_flops": peak_rate(), "pairs": []}
+        return entry
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+
+
+def start(who: str, shape: Shape, checkpoint: Path, settings: dict) -> Contender:
+    settings = dict(settings)
+    malloc = settings.pop("malloc", "default")
+    return Contender(who, shape, checkpoint, settings, malloc)
+
+
+def search(results: Results, name: str, shape: Shape, checkpoint: Path, deadline: float) -> None:
+    """TRL's seconds with each of its settings, of the first undisturbed step after one to warm up."""
+    tried = results.data["tried"].setdefault(name, [])
+    for settings in TRIED:
+        if any(row["settings"] == settings for row in tried) or time.monotonic() > deadline:
+            continue
+        with start("TRL", shape, checkpoint, settings) as trl:
+            trl.step()
+            for _ in range(3):
+                step = trl.step()
+                if step["others"] <= OTHERS:
+                    break
+        if step["others"] <= OTHERS:
+            tried.append({"settings": settings, "seconds": round(step["seconds"], 3)})
+            results.write()
+        print(f"{name}: TRL {settings}: {step['seconds']:.2f} s, others {step['others']:.2f}", flush=True)
+
+
+def measure(results: Results, name: str, shape: Shape, checkpoint: Path, pairs: int, ours: dict, until: float) -> None:
+    """Pairs of steps, ours and TRL's in turns, until there are `pairs` of them."""
+    entry = results.case(name, results.best(name), ours)
+    entry["flops"] = {"shared": shape.flops(True), "unshared": shape.flops(False)}
+    if len(entry["pairs"]) >= pairs:
+        return
+    with start("r1fast", shape, checkpoint, ours) as mine, start("TRL", shape, checkpoint, entry["trl"]) as trl:
+        both = {"r1fast": mine, "TRL": trl}
+        for contender in both.values():
+            contender.step()
+        while len(entry["pairs"]) < pairs:
+            took = time.monotonic()
+            pair = {who: contender.step() for who, contender in both.items()}
+            disturbed = max(step["others"] for step in pair.values())
+            line = "  ".join(f"{who} {step['seconds']:.2f} s" for who, step in pair.items())
+            if disturbed > OTHERS:
+                print(f"{name}: {line}  not counted: others took {disturbed:.0%} of a core", flush=True)
+            else:
+                entry["pairs"].append(pair)
+                results.write()
+                print(f"{name}: {line}", flush=True)
+            if 2 * time.monotonic() - took > until:
+                return
+
+
+def summary(entry: dict) -> dict:
+    """Of a case: medians by contender and phase, the ratio with its spread, memory, share of the machine."""
+    found = {}
+    for who in CONTENDERS:
+        steps = [pair[who] for pair in entry["pairs"]]
+        found[who] = {p: median(s["phases"].get(p, 0.0) for s in steps) for p in PHASES}
+        found[who] |= {"seconds": median(s["seconds"] for s in steps), "peak": max(s["peak"] for s in steps)}
+        found[who]["before"] = steps[0]["before"]
+        found[who]["tokens"] = median(s["tokens"] / s["seconds"] for s in steps)
+    ratios = [pair["TRL"]["seconds"] / pair["r1fast"]["seconds"] for pair in entry["pairs"]]
+    found["ratio"] = (median(ratios), min(ratios), max(ratios))
+    found["useful"] = sum(entry["flops"]["shared"].values()) / found["r1fast"]["seconds"] / entry["peak_flops"]
+    return found
+
+
+def table(data: dict) -> str:
+    head = ["model, prompts x samples, KL", "by", "step, s", *PHASES, "tokens/s", "peak MB", "times r1fast"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    notes = []
+    for name, entry in data["cases"].items():
+        if not entry["pairs"]:
+            continue
+        found = summary(entry)
+        for who in CONTENDERS:
+            row = found[who]
+            ratio = "1" if who == "r1fast" else "{:.2f} ({:.2f}–{:.2f})".format(*found["ratio"])
+            cells = [name if who == "r1fast" else "", who, f"{row['seconds']:.2f}"]
+            cells += [f"{row[phase]:.2f}" for phase in PHASES]
+            cells += [f"{row['tokens']:,.0f}", f"{row['peak'] / 1e6:.0f}", ratio]
+            lines.append("| " + " | ".join(cells) + " |")
+        rate = entry["peak_flops"] / 1e9
+        notes.append(f"{name}: {found['useful']:.0%} of {rate:.0f} GFLOP/s at {entry['commit']}, {len(entry['pairs'])} pairs")
+    where = data["machine"]
+    text = f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, TRL {where['trl']}, "
+    text += f"transformers {where['transformers']}. Useful work (each prompt forwarded once a group) a second, as a share "
+    return "\n".join([*lines, "", text + "of what torch's float32 product of 2048 reaches: " + "; ".join(notes) + "."])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vs_trl", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
+    parser.add_argument("--kl", nargs="+", default=["on", "off"], choices=["on", "off"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop at the next step after so many")
+    parser.add_argument("--search", action="store_true", help="find TRL's best settings instead")
+    parser.add_argument("--ours", type=json.loads, default={}, help="of our stage's block of the recipe, as JSON")
+    options = parser.parse_args()
+    results, deadline = Results(), time.monotonic() + 60 * options.minutes
+    for size in options.sizes:
+        for work in options.works:
+            for kl in options.kl:
+                shape, name = replace(SIZES[size], **WORKS[work], kl=kl == "on"), case_name(size, work, kl == "on")
+                with tempfile.TemporaryDirectory() as folder:
+                    checkpoint = Path(folder) / "checkpoint"
+                    make_checkpoint(shape, checkpoint)
+                    if time.monotonic() > deadline:
+                        continue
+                    if options.search:
+                        search(results, name, shape, checkpoint, deadline)
+                    else:
+                        measure(results, name, shape, checkpoint, options.pairs, options.ours, deadline)
+    results.write()
+    print(f"{table(results.data)}\n\nwritten to {results.path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
