@@ -2,9 +2,10 @@
 
 Both sides are processes that stay up and take a step in turns, so that a change of the machine's mood meets both; a
 ratio is the median of the ratios of the pairs, with the lowest and highest. Pairs during which other processes took
-more than a tenth of a core are measured again: two threads that wait for each other slow down tenfold then. TRL runs with the settings that were the
-fastest here: `--search` tries its micro-batches, with the C library's malloc as it is and told to keep its memory, and
-the file remembers what was tried. Measuring goes on where the file stops: a call that is cut short loses one case.
+more than a tenth of a core are measured again: two threads that wait for each other slow down tenfold then. TRL runs
+with the settings that were the fastest here: `--search` tries its micro-batches, with the C library's malloc as it is
+and told to keep its memory, and the file remembers what was tried. Measuring goes on where the file stops: a call that
+is cut short loses one pair.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Contender:
 
     def __init__(self, who: str, shape: Shape, checkpoint: Path, settings: dict, malloc: str = "default") -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **(KEEP if malloc == "keep" else {})}
-        self.who, self.errors = who, tempfile.TemporaryFile()
+        self.who, self.errors = who, tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.whole_step"],
             cwd=ROOT,
@@ -219,12 +220,13 @@ def table(data: dict) -> str:
             cells += [f"{row[phase]:.2f}" for phase in PHASES]
             cells += [f"{row['tokens']:,.0f}", f"{row['peak'] / 1e6:.0f}", ratio]
             lines.append("| " + " | ".join(cells) + " |")
-        rate = entry["peak_flops"] / 1e9
-        notes.append(f"{name}: {found['useful']:.0%} of {rate:.0f} GFLOP/s at {entry['commit']}, {len(entry['pairs'])} pairs")
+        rate, pairs = entry["peak_flops"] / 1e9, len(entry["pairs"])
+        notes.append(f"{name}: {found['useful']:.0%} of {rate:.0f} GFLOP/s at {entry['commit']}, {pairs} pairs")
     where = data["machine"]
     text = f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, TRL {where['trl']}, "
-    text += f"transformers {where['transformers']}. Useful work (each prompt forwarded once a group) a second, as a share "
-    return "\n".join([*lines, "", text + "of what torch's float32 product of 2048 reaches: " + "; ".join(notes) + "."])
+    text += f"transformers {where['transformers']}. Useful work (each prompt forwarded once a group) a second, as a "
+    text += "share of what torch's float32 product of 2048 reaches: "
+    return "\n".join([*lines, "", text + "; ".join(notes) + "."])
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -171,10 +172,11 @@ def r1fast_steps(shape: Shape, checkpoint: Path, settings: dict, wait: Wait, tol
         "objective": {"kl_coef": KL if shape.kl else 0.0},
         "optimizer": {"learning_rate": LEARNING_RATE},
     } | settings
+    longest = shape.prompt[1] + shape.completion
     recipe = RecipeConfig.model_validate(
         {
             "name": "whole_step",
-            "model": {"path": str(checkpoint), "template": "checkpoint", "max_length": shape.prompt[1] + shape.completion},
+            "model": {"path": str(checkpoint), "template": "checkpoint", "max_length": longest},
             "tasks": {"words": {"kind": "random_words"}},
             "stages": {"rl": stage},
         }
@@ -290,10 +292,8 @@ def trl_steps(shape: Shape, checkpoint: Path, settings: dict, wait: Wait, told: 
             "_get_per_token_logps_and_entropies",
             lambda: "learn" if torch.is_grad_enabled() else "logprob",
         )
-        try:
+        with suppress(Done):
             trainer.train()
-        except Done:
-            pass
 
 
 CONTENDERS = {"r1fast": r1fast_steps, "TRL": trl_steps}

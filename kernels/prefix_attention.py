@@ -122,7 +122,7 @@ def _case(size: str, groups: list[list[int]], heads: int, kv_heads: int, width: 
         members = torch.tensor([0, *map(len, groups)]).cumsum(0).int().to(device)
         return q, k, v, ends, members, max(lengths), scale
 
-    name = f"{len(groups)} groups of {len(lengths)} sequences of up to {max(lengths)} {heads}+{kv_heads} heads of {width}"
+    name = f"{len(groups)} groups, {len(lengths)} sequences of up to {max(lengths)} {heads}+{kv_heads} heads of {width}"
     return Case(name, size, make)
 
 

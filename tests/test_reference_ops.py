@@ -163,6 +163,30 @@ def paged_setting(contexts: list[int], block: int, seed: int = 0):
     return dense, caches, table, torch.tensor(contexts, dtype=torch.int32)
 
 
+def test_prefix_attention_is_attention_over_prompt_and_completion():
+    """Values, and gradients of the prompt's keys summed over its completions, by formulas written out here."""
+    groups = [[4, 3, 0, 2], [5], [1, 6]]
+    lengths = [n for group in groups for n in group]
+    leaves = [x.requires_grad_() for x in (randn(21, 4, 6), randn(21, 2, 6, seed=1), randn(21, 2, 6, seed=2))]
+    parts = [x.split(lengths) for x in leaves]
+    expected, first = [], 0
+    for group in groups:
+        for s in range(first, first + len(group)):
+            sequences = [s] if s == first else [first, s]
+            whole = [torch.cat([part[i] for i in sequences]) for part in parts]
+            expected.append(attention_by_hand(*whole, 0.37)[len(whole[0]) - lengths[s] :])
+        first += len(group)
+    expected = torch.cat(expected)
+    members = torch.tensor([0, 4, 5, 7], dtype=torch.int32)
+    found = k.prefix_attention(*leaves, ends(lengths), members, 6, 0.37)
+    close(found, expected)
+    weight = randn(21, 4, 6, seed=3)
+    gradients = (torch.autograd.grad((x * weight).sum(), leaves) for x in (found, expected))
+    for a, b in zip(*gradients, strict=True):
+        assert b.abs().sum() > 1
+        close(a, b)
+
+
 def test_paged_decode_is_the_last_row_of_dense_attention():
     dense, caches, table, contexts = paged_setting([5, 1, 16, 4, 9], 4)
     q = randn(5, 4, 6, seed=9)

@@ -1,0 +1,88 @@
+"""The whole-step benchmark: what its parts compute, and that our side of it runs the stage it says it runs."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import vs_trl
+from benchmarks.whole_step import Shape, make_checkpoint, r1fast_steps, texts
+from r1fast.model.weights import load
+
+SMALL = Shape(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, inner=48, vocabulary=64, prompts=2, group=4)
+SMALL = vs_trl.replace(SMALL, prompt=(3, 6), completion=9)
+
+
+def test_useful_operations_are_those_that_torch_counts(tmp_path):
+    """The products of a forward pass over one prompt and its completion, and of a backward one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = vs_trl.replace(SMALL, prompts=1, group=1, prompt=(5, 5))
+    make_checkpoint(shape, tmp_path / "model")
+    model, _ = load(tmp_path / "model")
+    tokens, ends = torch.arange(3, 17), torch.tensor([0, 14], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.forward_packed(tokens, ends)
+        model.logits(hidden[-shape.completion :])
+    attention = 4 * shape.layers * shape.heads * shape.head_dim
+    pairs = shape.mean_prompt**2 / 2 + shape.completion * (shape.mean_prompt + shape.completion / 2)
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert shape.flops(True)["logprob"] == pytest.approx(counted + attention * pairs)
+    assert shape.flops(True)["learn"] == 3 * shape.flops(True)["logprob"]
+    unshared = vs_trl.replace(shape, group=8).flops(False)["logprob"]
+    assert unshared == pytest.approx(8 * shape.flops(True)["logprob"])
+
+
+def test_the_stage_takes_steps_of_full_length_by_phase(tmp_path):
+    make_checkpoint(SMALL, tmp_path / "model")
+    told, left = [], iter([True, True, False])
+
+    def say(seconds, phases, tokens):
+        told.append((seconds, phases, tokens))
+
+    r1fast_steps(SMALL, tmp_path / "model", {}, lambda: next(left), say)
+    for seconds, phases, tokens in told:
+        assert tokens == 2 * 4 * 9
+        assert set(phases) <= set(vs_trl.PHASES) and {"sample", "logprob", "learn"} <= set(phases)
+        assert 0.9 * seconds < sum(phases.values()) <= seconds
+    assert len(told) == 2
+
+
+def test_prompts_have_the_lengths_that_were_asked_for():
+    lengths = [len(text.split()) for text in texts(Shape(), 200)]
+    assert (min(lengths), max(lengths)) == (24, 42) and sum(lengths) / 200 == pytest.approx(Shape().mean_prompt, abs=1)
+
+
+def pair(ours: float, theirs: float) -> dict:
+    def step(seconds: float) -> dict:
+        phases = {"sample": 0.5 * seconds, "learn": 0.5 * seconds}
+        return {"seconds": seconds, "phases": phases, "tokens": 100, "peak": 2e8, "before": 1e8}
+
+    return {"r1fast": step(ours), "TRL": step(theirs)}
+
+
+def test_the_table_shows_medians_and_the_spread_of_the_pairs_ratios():
+    entry = {"commit": "abc", "peak_flops": 1e11, "flops": {"shared": {"sample": 1e11}, "unshared": {}}}
+    entry |= {"pairs": [pair(2.0, 8.0), pair(1.0, 6.0), pair(4.0, 20.0)]}
+    machine = {"processor": "P", "threads": 2, "torch": "2", "trl": "1", "transformers": "5"}
+    table = vs_trl.table({"machine": machine, "cases": {"3M, 8 x 8, KL on": entry, "not yet": {"pairs": []}}})
+    ours, theirs = table.splitlines()[2:4]
+    assert ours == "| 3M, 8 x 8, KL on | r1fast | 2.00 | 1.00 | 0.00 | 0.00 | 1.00 | 0.00 | 50 | 200 | 1 |"
+    assert theirs.endswith("| TRL | 8.00 | 4.00 | 0.00 | 0.00 | 4.00 | 0.00 | 12 | 200 | 5.00 (4.00–6.00) |")
+    assert "3M, 8 x 8, KL on: 50% of 100 GFLOP/s at abc, 3 pairs" in table and "not yet" not in table
+
+
+def test_settings_that_were_tried_are_remembered_and_the_best_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(vs_trl, "RESULTS", tmp_path)
+    results = vs_trl.Results()
+    assert results.best("case") == vs_trl.TRIED[0]
+    results.data["tried"]["case"] = [{"settings": {"a": 1}, "seconds": 2.0}, {"settings": {"a": 2}, "seconds": 1.0}]
+    results.write()
+    again = vs_trl.Results()
+    assert again.best("case") == {"a": 2}
+    monkeypatch.setattr(vs_trl, "peak_rate", lambda: 1.0)
+    first = again.case("case", {"a": 2}, {})
+    first["pairs"].append("measured")
+    assert again.case("case", {"a": 2}, {}) is first
+    assert again.case("case", {"a": 3}, {})["pairs"] == []  # other settings: measured anew
+    assert json.loads(results.path.read_text())["machine"]["threads"] == torch.get_num_threads()
