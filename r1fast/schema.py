@@ -165,6 +165,7 @@ class GRPOStage(StageBase):
     mini_batches: PositiveInt = 1  # optimizer steps per epoch over one set of rollouts (R1: 16)
     epochs: PositiveInt = 1
     micro_batch_tokens: PositiveInt = 16384
+    share_prompts: Literal["auto", "always", "never"] = "auto"  # forward a group's prompt once: where it saves enough
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-6)
     reference_refresh: PositiveInt | None = None  # steps between copies of the policy into the reference (R1: 400)

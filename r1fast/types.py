@@ -99,16 +99,18 @@ class PackedBatch:
     """
 
     tokens: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T], from 0 in every sequence
+    positions: Tensor  # int64 [T], from 0 in every sequence, or on from the prompt that it is behind
     cu_seqlens: Tensor  # int32 [B+1]
-    rows: Tensor  # int64 [N], indices into T, ascending
+    rows: Tensor  # int64 [N], indices into T; a prompt's last token may lead several completions
     targets: Tensor  # int64 [N]
-    sequence: Tensor  # int64 [N], which of the B sequences each row is in
+    sequence: Tensor  # int64 [N], which of the micro-batch's completions each row is in
     loss_weight: Tensor  # float32 [N]
     advantage: Tensor | None = None  # float32 [N]; None for supervised batches
     old_logprob: Tensor | None = None  # float32 [N], of the policy the rollouts are attributed to
     ref_logprob: Tensor | None = None  # float32 [N]; None when there is no KL term
     max_seqlen: int = 0  # longest sequence, in tokens
+    cu_groups: Tensor | None = None  # int32 [G+1], of the B sequences: a group's first one is a prompt that the others
+    # are behind (kernels/prefix_attention.py); None: every sequence holds its own prompt
 
 
 @dataclass(frozen=True, slots=True)

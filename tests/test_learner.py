@@ -262,6 +262,25 @@ def test_micro_batches_do_not_change_an_update():
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-8)
 
 
+def test_sharing_prompts_changes_no_update_and_is_chosen_where_it_saves():
+    found, tokens = {}, {}
+    for share in ("never", "always", "auto"):
+        model = tiny_decoder(dtype=torch.float64)
+        groups = sampled_groups(model, prompts=6, noise=0.01)
+        settings = {"random": Random(1), "mini_batches": 2, "micro_batch_tokens": 40, "share_prompts": share}
+        update = learner_of(model).train_policy(
+            groups, PENALISED, reference=tiny_decoder(2, torch.float64), old_logprobs="recompute", **settings
+        )
+        found[share], tokens[share] = weights_of(model), sum(step.tokens for step in update.steps)
+    torch.testing.assert_close(found["always"], found["never"], rtol=0, atol=1e-8)
+    assert tokens["always"] < tokens["never"] and tokens["auto"] == tokens["always"]
+    long = [replace(g, rollouts=[replace(r, tokens=r.tokens * 40, logprobs=r.logprobs * 40) for r in g.rollouts])
+            for g in sampled_groups(tiny_decoder(), prompts=1, size=2)]  # fmt: skip
+    update = learner_of(tiny_decoder()).train_policy(long, PENALISED, random=Random(0), reference=tiny_decoder(1))
+    whole = sum(len(long[0].prompt.tokens) + len(r.tokens) - 1 for r in long[0].rollouts)
+    assert update.steps[0].tokens == whole
+
+
 @pytest.mark.parametrize("old", ["auto", "recompute"])
 def test_truncated_importance_sampling_weighs_the_policy_term(old):
     model = tiny_decoder(dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Packing loses, moves and repeats nothing; the weights are the papers' denominators; the plan is tight."""
 
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -7,18 +8,22 @@ import pytest
 import torch
 from rollouts import sampled_groups, tiny_decoder
 
+from r1fast.learn.losses import policy_loss
 from r1fast.learn.packing import (
     Row,
     epochs_of,
     loss_weights,
     pack,
     plan,
+    plan_rows,
     row_from_example,
     row_lengths,
     rows_from_groups,
+    shared_tokens,
     supervised_steps,
     unpack,
 )
+from r1fast.schema import ObjectiveConfig
 
 
 def random_rows(count: int = 40, seed: int = 0) -> list[Row]:
@@ -140,3 +145,98 @@ def test_supervised_steps_see_every_row_once_an_epoch_and_repeat_by_seed():
     picks = [i for part in epochs_of(10, 5, 4, 0) for i in part]
     assert sorted(picks[:10]) == sorted(picks[10:]) == list(range(10))
     assert picks[:10] != picks[10:]
+
+
+# -- prompts that rows share ------------------------------------------------------------------------------------
+
+
+def grouped_rows(seed: int = 0, sizes=(4, 1, 3, 6, 2)) -> list[Row]:
+    """Groups of rows of one prompt each; some completions have a single token, which forwards nothing of its own."""
+    random, rows = Random(seed), []
+    for number, size in enumerate(sizes):
+        prompt = [random.randrange(19) for _ in range(random.randint(1, 9))]
+        for _ in range(size):
+            answer = random.choice([1, 1, random.randint(2, 12)])
+            old, ref, weight = ([random.random() for _ in range(answer)] for _ in range(3))
+            tokens = [*prompt, *(random.randrange(19) for _ in range(answer))]
+            rows.append(Row(tokens, len(prompt), random.gauss(0, 1), old, ref, weight, group=number))
+    return rows
+
+
+@pytest.mark.parametrize("budget", [1, 20, 60, 1000])
+def test_a_shared_plan_holds_every_row_once_and_keeps_the_budget(budget):
+    rows = grouped_rows()
+    parts = plan_rows(rows, budget, True)
+    assert sorted(i for part in parts for i in part) == list(range(len(rows)))
+    costs = [shared_tokens([rows[i] for i in part]) for part in parts]
+    longest = max(map(len, (row.tokens for row in rows)))
+    assert all(cost <= max(budget, longest) for cost in costs) and costs == sorted(costs, reverse=True)
+    assert [b.tokens.shape[0] for b in pack(rows, None, budget, order=parts, shared=True)] == costs
+    for part in parts:  # of a group, what is together follows each other
+        groups = [rows[i].group for i in part]
+        assert sum(a != b for a, b in pairwise(groups)) == len(set(groups)) - 1
+
+
+@pytest.mark.parametrize("budget", [20, 1000])
+def test_a_row_behind_its_prompt_reads_as_before(budget):
+    """Each row's tokens, positions, targets and streams, put together from the pack again."""
+    rows = grouped_rows()
+    weights = np.random.default_rng(0).random(len(rows))
+    order = plan_rows(rows, budget, True)
+    for part, batch in zip(order, pack(rows, weights, budget, order=order, shared=True), strict=True):
+        ends, members = batch.cu_seqlens.tolist(), batch.cu_groups.tolist()
+        assert members[0] == 0 and members[-1] == len(ends) - 1 and ends[-1] == len(batch.tokens)
+        first = {s: f for f, g in pairwise(members) for s in range(f, g)}
+        for at, i in enumerate(part):
+            mine, row = batch.sequence == at, rows[i]
+            lead = batch.rows[mine].tolist()
+            own = next(s for s in first if ends[s] <= lead[-1] < ends[s + 1])
+            places = [*range(ends[first[own]], ends[first[own] + 1])]
+            places += [p for p in range(ends[own], ends[own + 1]) if own != first[own]]
+            assert batch.tokens[places].tolist() == list(row.tokens[:-1])
+            assert batch.positions[places].tolist() == list(range(len(row.tokens) - 1))
+            assert lead == places[row.prompt_length - 1 :]
+            assert batch.targets[mine].tolist() == list(row.tokens[row.prompt_length :])
+            assert batch.loss_weight[mine].tolist() == pytest.approx([weights[i]] * row.completion_length)
+            assert batch.old_logprob[mine].tolist() == pytest.approx(row.old_logprobs)
+
+
+def test_rows_without_a_group_share_nothing():
+    rows = [Row([1, 2, 3], 2), Row([1, 2, 4], 2)]
+    assert shared_tokens(rows) == 4
+    (batch,) = pack(rows, None, 100, shared=True)
+    assert batch.cu_groups.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("budget", [18, 40, 100_000])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_shared_prompts_give_the_gradients_of_unshared_ones(budget, importance):
+    """In float64, of every parameter, whatever the micro-batches: 1e-10 where a gradient of 1 is an ordinary one."""
+    objective = ObjectiveConfig(kl_coef=0.1, importance=importance, clip_low=0.3, clip_high=0.3)
+    model, rows = tiny_decoder(dtype=torch.float64), grouped_rows(3)
+    weights = loss_weights(rows, "sequence")
+    found = []
+    for shared, size in ((False, 100_000), (True, budget)):
+        model.zero_grad()
+        losses = [policy_loss(model, batch, objective)[0] for batch in pack(rows, weights, size, shared=shared)]
+        total = torch.stack(losses).sum()
+        total.backward()
+        found.append((total.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert found[0][1].abs().max() > 0.1 and (budget > 1000 or len(losses) > 1)
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-12)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=1e-10)
+
+
+def test_packed_gradients_are_those_of_rows_one_at_a_time():
+    objective = ObjectiveConfig(kl_coef=0.1)
+    model, rows = tiny_decoder(dtype=torch.float64), grouped_rows(4)
+    weights = loss_weights(rows, "token")
+    found = []
+    for budget in (1, 35, 100_000):
+        model.zero_grad()
+        for batch in pack(rows, weights, budget):
+            policy_loss(model, batch, objective)[0].backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert found[0].abs().max() > 0.1
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-10)

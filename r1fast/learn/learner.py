@@ -76,7 +76,6 @@ class Learner:
             found = [_moved(one, self.parameters[0].device) for one in found]
         return Accumulated([value for value, _ in found], [told for _, told in found], sum(costs))
 
-
     def apply(self, step: Accumulated) -> StepStats:
         """Clips and steps, unless something is not finite: then the step is counted as skipped and nothing changes.
 

@@ -36,7 +36,8 @@ class BatchStats(NamedTuple):
 
 def trained_hidden(model: Decoder, batch: PackedBatch) -> Tensor:
     """Hidden states [N, H] that the batch's targets are predicted from; prompts cost no product with the head."""
-    hidden = model.forward_packed(batch.tokens, batch.cu_seqlens, batch.positions, batch.max_seqlen)
+    where = (batch.cu_seqlens, batch.positions, batch.max_seqlen, batch.cu_groups)
+    hidden = model.forward_packed(batch.tokens, *where)
     return hidden.index_select(0, batch.rows)
 
 

@@ -1,5 +1,8 @@
 """Rows of any length into micro-batches without padding, and the weights that make their losses add up.
 
+Rows of one prompt may share it: it is then laid down once, its rows behind it, each seeing it and itself
+(kernels/prefix_attention.py). Losses and gradients are those of laying it before each of them.
+
 Every denominator of a step is computed here, once, over all its rows, before any row is dropped or put in a
 micro-batch: after that micro-batches (and ranks) only add. Nothing here loops over tokens in Python.
 """
@@ -7,7 +10,7 @@ micro-batch: after that micro-batches (and ranks) only add. Nothing here loops o
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from random import Random
@@ -39,6 +42,7 @@ class Row:
     old_logprobs: Sequence[float] | None = None  # of the policy that the ratio is taken to; at first the sampler's
     ref_logprobs: Sequence[float] | None = None
     correction: Sequence[float] | None = None  # truncated importance weight of each token, on the advantage
+    group: int | None = None  # rows of one group have the same prompt, which they may share; None: its own
 
     @property
     def completion_length(self) -> int:
@@ -54,8 +58,8 @@ def rows_from_groups(groups: Sequence[RolloutGroup], advantages: Tensor) -> list
     """One row per rollout, in order. `advantages`: float32 [rollouts], as `advantages.advantages` gives them."""
     values = iter(advantages.tolist())
     return [
-        Row([*group.prompt.tokens, *r.tokens], len(group.prompt.tokens), next(values), old_logprobs=r.logprobs)
-        for group in groups
+        Row([*group.prompt.tokens, *r.tokens], len(group.prompt.tokens), next(values), r.logprobs, group=number)
+        for number, group in enumerate(groups)
         for r in group.rollouts
     ]
 
@@ -106,20 +110,54 @@ def row_lengths(rows: Sequence[Row]) -> list[int]:
     return [len(row.tokens) - 1 for row in rows]
 
 
+def _by_group(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows that may share a prompt, in order of first appearance."""
+    found: dict[tuple, list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault((i,) if row.group is None else (-1, row.group), []).append(i)
+    return list(found.values())
+
+
+def shared_tokens(rows: Sequence[Row]) -> int:
+    """Tokens that the rows forward when each group's prompt is laid down once."""
+    return sum(rows[group[0]].prompt_length for group in _by_group(rows)) + sum(
+        row.completion_length - 1 for row in rows
+    )
+
+
+def plan_rows(rows: Sequence[Row], micro_batch_tokens: int, shared: bool) -> list[list[int]]:
+    """`plan` of rows, which are alone or, `shared`, stay with their group: a group over the budget is cut into pieces
+    that fit, each with the prompt before it."""
+    if not shared:
+        return plan(row_lengths(rows), micro_batch_tokens)
+    pieces: list[list[int]] = []
+    costs: list[int] = []
+    for group in _by_group(rows):
+        prompt = rows[group[0]].prompt_length
+        for part in plan([rows[i].completion_length - 1 for i in group], max(micro_batch_tokens - prompt, 1)):
+            pieces.append([group[at] for at in part])
+            costs.append(prompt + sum(rows[i].completion_length - 1 for i in pieces[-1]))
+    return [[i for at in part for i in pieces[at]] for part in plan(costs, micro_batch_tokens)]
+
+
 def pack(
     rows: Sequence[Row],
     weights: np.ndarray | None,
     micro_batch_tokens: int,
     device: torch.device | str = "cpu",
     order: list[list[int]] | None = None,
+    shared: bool = False,
 ) -> list[PackedBatch]:
-    """Micro-batches of `rows`, in the order of `plan` (or `order`, if the caller has made it already).
+    """Micro-batches of `rows`, in the order of `plan_rows` (or `order`, if the caller has made it already).
 
     `weights`: float [rows], of every token of a row, as `loss_weights` gives them; None: zeros (log-probs only).
+    `shared`: rows of one group that follow each other in a micro-batch share their prompt.
     """
     if order is None:
-        order = plan(row_lengths(rows), micro_batch_tokens)
-    return [_pack_one([rows[i] for i in part], None if weights is None else weights[part], device) for part in order]
+        order = plan_rows(rows, micro_batch_tokens, shared)
+    return [
+        _pack_one([rows[i] for i in part], None if weights is None else weights[part], device, shared) for part in order
+    ]
 
 
 def layout(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,43 +166,87 @@ def layout(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
 
 
-def _pack_one(rows: list[Row], weights: np.ndarray | None, device: torch.device | str) -> PackedBatch:
-    full = np.array([len(row.tokens) for row in rows], dtype=np.int64)
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """Where the rows of a micro-batch lie among its T tokens."""
+
+    sequences: list[Sequence[int]]  # end to end, the T tokens
+    members: list[int] | None  # sequences of each group, a prompt and what is behind it; None: all are alone
+    before: np.ndarray  # int64 [rows]: the place of each row's last prompt token
+    after: np.ndarray  # int64 [rows]: the place of its first completion token
+
+
+def _lay(rows: list[Row], shared: bool) -> _Laid:
     prompt = np.array([row.prompt_length for row in rows], dtype=np.int64)
-    if prompt.min() < 1 or (full <= prompt).any():
+    if not shared:
+        sequences = [row.tokens[:-1] for row in rows]
+        starts, _ = layout(np.array([len(tokens) for tokens in sequences], dtype=np.int64))
+        return _Laid(sequences, None, starts[:-1] + prompt - 1, starts[:-1] + prompt)
+    sequences, members, leads, own = [], [], [], []
+    for i, row in enumerate(rows):
+        if i == 0 or row.group is None or row.group != rows[i - 1].group:
+            sequences.append(row.tokens[: row.prompt_length])
+            members.append(1)
+        leads.append(len(sequences) - members[-1])
+        if row.completion_length > 1:
+            own.append(len(sequences))
+            sequences.append(row.tokens[row.prompt_length : -1])
+            members[-1] += 1
+        else:  # nothing of it is forwarded: the prompt's last token predicts all there is
+            own.append(leads[-1])
+    starts, _ = layout(np.array([len(tokens) for tokens in sequences], dtype=np.int64))
+    return _Laid(sequences, members, starts[leads] + prompt - 1, starts[own])
+
+
+def _positions(lengths: np.ndarray, members: list[int] | None) -> np.ndarray:
+    """int64 [T]: each token's place in its row; what is behind a prompt counts on from it."""
+    _, positions = layout(lengths)
+    if members is None:
+        return positions
+    first = np.concatenate([[0], np.cumsum(members)[:-1]])
+    offset = np.repeat(lengths[first], members)
+    offset[first] = 0
+    return positions + np.repeat(offset, lengths)
+
+
+def _pack_one(rows: list[Row], weights: np.ndarray | None, device: torch.device | str, shared: bool) -> PackedBatch:
+    answers = np.array([row.completion_length for row in rows], dtype=np.int64)
+    if min(row.prompt_length for row in rows) < 1 or answers.min() < 1:
         raise ValueError("a row needs at least one prompt token and one completion token")
-    flat = np.fromiter(chain.from_iterable(row.tokens for row in rows), dtype=np.int64, count=int(full.sum()))
-    ends = np.cumsum(full)
-    fed, answers = full - 1, full - prompt
-    keep = np.ones(len(flat), dtype=bool)
-    keep[ends - 1] = False
-    starts, positions = layout(fed)
+    laid = _lay(rows, shared)
+    lengths = np.array([len(tokens) for tokens in laid.sequences], dtype=np.int64)
+    starts, _ = layout(lengths)
     sequence = np.repeat(np.arange(len(rows)), answers)
     _, within = layout(answers)
+    leading = np.where(within == 0, np.repeat(laid.before, answers), np.repeat(laid.after - 1, answers) + within)
 
     def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
+    def flat(parts: Iterable[Iterable], count: int, dtype: type) -> np.ndarray:
+        return np.fromiter(chain.from_iterable(parts), dtype=dtype, count=count)
+
     def stream(name: str) -> Tensor | None:
         if getattr(rows[0], name) is None:
             return None
-        values = chain.from_iterable(getattr(row, name) for row in rows)
-        return put(np.fromiter(values, dtype=np.float64, count=len(sequence)), torch.float32)
+        return put(flat((getattr(row, name) for row in rows), len(sequence), np.float64), torch.float32)
 
+    targets = flat((row.tokens[row.prompt_length :] for row in rows), len(sequence), np.int64)
     advantage = put(np.repeat(np.array([row.advantage for row in rows]), answers), torch.float32)
     correction = stream("correction")
     return PackedBatch(
-        tokens=put(flat[keep], torch.int64),
-        positions=put(positions, torch.int64),
+        tokens=put(flat(laid.sequences, int(starts[-1]), np.int64), torch.int64),
+        positions=put(_positions(lengths, laid.members), torch.int64),
         cu_seqlens=put(starts, torch.int32),
-        rows=put(np.repeat(starts[:-1] + prompt - 1, answers) + within, torch.int64),
-        targets=put(flat[np.repeat(ends - answers, answers) + within], torch.int64),
+        rows=put(leading, torch.int64),
+        targets=put(targets, torch.int64),
         sequence=put(sequence, torch.int64),
         loss_weight=put(np.zeros(len(sequence)) if weights is None else np.repeat(weights, answers), torch.float32),
         advantage=advantage if correction is None else advantage * correction,
         old_logprob=stream("old_logprobs"),
         ref_logprob=stream("ref_logprobs"),
-        max_seqlen=int(fed.max()),
+        max_seqlen=int(lengths.max()),
+        cu_groups=None if laid.members is None else put(np.cumsum([0, *laid.members]), torch.int32),
     )
 
 

@@ -5,7 +5,8 @@ The cost of a step is its forward passes, so there are as few as the mathematics
 - old log-probs: the first mini-batch's ratio is to its own forward pass (exact, and free). The later ones use the
   sampler's log-probs while these agree with the learner's, which the first mini-batch's pass has just measured
   (free as well), and otherwise get one more pass before the weights move;
-- rows whose gradient is exactly zero are never forwarded, but every denominator counts them.
+- rows whose gradient is exactly zero are never forwarded, but every denominator counts them;
+- the prompt of a group is forwarded once for all its rows, where that saves enough.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ import torch
 from r1fast.config import UserError
 from r1fast.learn.advantages import advantages
 from r1fast.learn.losses import log_probs, policy_loss
-from r1fast.learn.packing import Row, loss_weights, pack, plan, row_lengths, rows_from_groups, unpack
+from r1fast.learn.packing import (
+    Row,
+    loss_weights,
+    pack,
+    plan_rows,
+    row_lengths,
+    rows_from_groups,
+    shared_tokens,
+    unpack,
+)
 from r1fast.metrics import PhaseTimer
 
 if TYPE_CHECKING:
@@ -36,6 +46,11 @@ if TYPE_CHECKING:
     from r1fast.types import PackedBatch, RolloutGroup, StepStats
 
 OldLogprobs = Literal["auto", "sampler", "recompute"]
+SharePrompts = Literal["auto", "always", "never"]
+
+SAVED = (
+    0.02  # least share of the tokens that sharing prompts must save: below it the cut pack costs as much as it gives
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,7 @@ def train_policy(
     mini_batches: int = 1,
     epochs: int = 1,
     micro_batch_tokens: int = 16384,
+    share_prompts: SharePrompts = "auto",
     temperature: float = 1.0,
     max_tokens: int | None = None,
     timer: PhaseTimer | None = None,
@@ -100,7 +116,8 @@ def train_policy(
 
     reference: needed when `objective.kl_coef` > 0, never called otherwise. old_logprobs: whose log-probs the ratio is
     taken to; `auto` is the sampler's while the mean difference is at most `logprob_bound` nats a token, or where the
-    groups are of older weights than the learner's (the ratio must then account for it). temperature: the sampler's.
+    groups are of older weights than the learner's (the ratio must then account for it). share_prompts: whether a
+    group's prompt is forwarded once; `auto` where that saves SAVED of the tokens. temperature: the sampler's.
     max_tokens: the sampler's limit, needed by the aggregate `constant`. timer: charged under "logprob" and "learn".
     Raises UserError for settings that cannot be met.
     """
@@ -116,7 +133,7 @@ def train_policy(
         raise UserError(f"{len(groups)} prompts cannot be split into {mini_batches} mini-batches: lower mini_batches")
     timer = timer or PhaseTimer()
     with timer("learn"):
-        update = _Update(learner, groups, objective, temperature, micro_batch_tokens, timer)
+        update = _Update(learner, groups, objective, temperature, micro_batch_tokens, share_prompts, timer)
         if objective.kl_coef > 0:
             update.ask_reference(reference)
         corrected = objective.truncated_is is not None and update.correct(old_logprobs, logprob_bound)
@@ -146,7 +163,7 @@ def _split(groups: int, mini_batches: int, random: Random) -> list[list[int]]:
 class _Update:
     """The rows of one set of rollouts, and what has been found out about them so far."""
 
-    def __init__(self, learner, groups, objective, temperature: float, micro_batch_tokens: int, timer) -> None:
+    def __init__(self, learner, groups, objective, temperature: float, micro_batch_tokens: int, share, timer) -> None:
         self.learner, self.objective, self.timer = learner, objective, timer
         self.temperature, self.micro_batch_tokens = temperature, micro_batch_tokens
         self.rows: list[Row] = rows_from_groups(groups, advantages(groups, objective.normalize_std))
@@ -154,9 +171,21 @@ class _Update:
         self.members = [range(a, b) for a, b in pairwise(bounds)]
         everything = objective.kl_coef > 0  # the KL term has a gradient whatever the advantage
         self.live = [everything or row.advantage != 0.0 for row in self.rows]
+        self.shared = share == "always" or (share == "auto" and self._saving() >= SAVED)
         self.whose: Literal["sampler", "learner"] = "sampler"
         self.difference: tuple[float, float] | None = None
         self.steps: list[StepStats] = []
+
+    def _saving(self) -> float:
+        """Share of the forwarded tokens that sharing prompts saves."""
+        live = [row for row, alive in zip(self.rows, self.live, strict=True) if alive]
+        return 1 - shared_tokens(live) / max(1, sum(row_lengths(live)))
+
+    def _plan(self, rows: Sequence[Row]) -> list[list[int]]:
+        return plan_rows(rows, self.micro_batch_tokens, self.shared)
+
+    def _pack(self, rows: Sequence[Row], weights, device, order: list[list[int]]) -> list[PackedBatch]:
+        return pack(rows, weights, self.micro_batch_tokens, device, order, self.shared)
 
     def ask_reference(self, reference: Decoder) -> None:
         every = range(len(self.rows))
@@ -171,7 +200,7 @@ class _Update:
         if not live:
             return False
         if old_logprobs == "auto":
-            probe = [live[at] for at in plan(row_lengths([self.rows[i] for i in live]), self.micro_batch_tokens)[0]]
+            probe = [live[at] for at in self._plan([self.rows[i] for i in live])[0]]
             self._measure(probe, self._log_probs(self.learner.model, probe))
             if self.difference[0] <= bound:
                 return False
@@ -188,8 +217,8 @@ class _Update:
         weights = loss_weights([self.rows[i] for i in members], self.objective.aggregate, max_tokens)
         kept = [at for at, i in enumerate(members) if self.live[i]]
         ids, rows = [members[at] for at in kept], [self.rows[members[at]] for at in kept]
-        order = plan(row_lengths(rows), self.micro_batch_tokens)
-        batches = pack(rows, weights[kept], self.micro_batch_tokens, self.learner.model.device, order)
+        order = self._plan(rows)
+        batches = self._pack(rows, weights[kept], self.learner.model.device, order)
         loss = partial(policy_loss, objective=self.objective, temperature=self.temperature, on_policy=on_policy)
         return _Step(ids, order, batches, self.learner.accumulate(batches, loss))
 
@@ -228,9 +257,9 @@ class _Update:
     def _log_probs(self, model: Decoder, ids: Sequence[int]) -> list[np.ndarray]:
         """Per-token log-probs of the rows `ids` under `model`."""
         with self.timer("logprob"):
-            rows = [Row(self.rows[i].tokens, self.rows[i].prompt_length) for i in ids]
-            order = plan(row_lengths(rows), self.micro_batch_tokens)
-            batches = pack(rows, None, self.micro_batch_tokens, model.device, order)
+            rows = [Row(self.rows[i].tokens, self.rows[i].prompt_length, group=self.rows[i].group) for i in ids]
+            order = self._plan(rows)
+            batches = self._pack(rows, None, model.device, order)
             return unpack(log_probs(model, batches, self.temperature), batches, order)
 
     def _measure(self, ids: Sequence[int], values: Sequence[np.ndarray]) -> None:

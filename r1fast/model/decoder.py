@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from r1fast.model.decoder_config import DecoderConfig
 from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.model.rope_scaling import rope_frequencies
-from r1fast_kernels import paged_append, paged_attention, rms_norm, rope, swiglu, varlen_attention
+from r1fast_kernels import (
+    paged_append,
+    paged_attention,
+    prefix_attention,
+    rms_norm,
+    rope,
+    swiglu,
+    varlen_attention,
+)
 
 __all__ = ["Decoder", "DecoderConfig", "PagedKV", "PagedStep"]
 
@@ -112,22 +120,32 @@ class Decoder(nn.Module):
         return self.weights_version
 
     def forward_packed(
-        self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, max_seqlen: int | None = None
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cu_groups: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, H] after the final norm, in the model's dtype; differentiable.
 
         tokens int64 [T]: B sequences end to end, sequence b being rows cu_seqlens[b] to cu_seqlens[b+1] (int32 [B+1]);
         none sees another. `positions` (int64 [T], from 0 in each) and `max_seqlen` are computed where not given; on a
-        GPU the latter costs a synchronisation, so pass it.
+        GPU the latter costs a synchronisation, so pass it. `cu_groups` (int32 [G+1], of sequences): all of a group but
+        its first sequence see that one before themselves, and their `positions`, then to be given, count on from it.
         """
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
         if positions is None:
+            if cu_groups is not None:
+                raise ValueError("forward_packed: groups need positions")
             positions = packed_positions(cu_seqlens, tokens.shape[0])
-        cos, sin = self.rope_tables(max_seqlen)
+        cos, sin = self.rope_tables(max_seqlen if cu_groups is None else 2 * max_seqlen)
 
         def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+            if cu_groups is None:
+                return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+            return prefix_attention(q, k, v, cu_seqlens, cu_groups, max_seqlen)
 
         return self._run(tokens, positions, cos, sin, attend)
 

@@ -208,6 +208,7 @@ class GRPOStageRun:
             mini_batches=stage.mini_batches,
             epochs=stage.epochs,
             micro_batch_tokens=stage.micro_batch_tokens,
+            share_prompts=stage.share_prompts,
             temperature=stage.sampling.temperature,
             max_tokens=stage.sampling.max_tokens,
             random=self.random,
