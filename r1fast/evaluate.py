@@ -41,6 +41,9 @@ def parser() -> CommandParser:
     p.add_argument("--limit", type=int, metavar="N", help="problems (default: all of a file, else 256)")
     p.add_argument("--template", choices=["paper", "checkpoint", "words"], default=None, help="default: checkpoint's")
     p.add_argument("--sandbox", choices=["bubblewrap", "rlimits"], default="bubblewrap", help="for programs")
+    p.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint, for tasks that a model judges")
+    p.add_argument("--judge-model", metavar="NAME", help="its model; replies are kept in judge.sqlite")
+    p.add_argument("--judge-budget", type=int, metavar="N", help="requests to the judge in all (default: any number)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers and every completion")
@@ -102,7 +105,7 @@ def find_task(spec: str, data: str | None, options: Sequence[str] = ()):
 
 def _check(args: argparse.Namespace) -> None:
     """What can be wrong with the options themselves, before anything is read."""
-    for name in ("samples", "limit", "max_tokens"):
+    for name in ("samples", "limit", "max_tokens", "judge_budget"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
@@ -117,12 +120,17 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: give a file in a directory that exists")
 
 
-def _can_judge(task, sandbox: str) -> None:
-    """UserError where the task's verifiers cannot be used on this machine, before the model is read."""
+def _can_judge(task, args: argparse.Namespace) -> None:
+    """UserError where the task's verifiers cannot be used here, before the model is read."""
     from r1fast import rewards
-    from r1fast.schema import RewardsConfig
+    from r1fast.schema import JudgeConfig, RewardsConfig
 
-    rewards.configure(RewardsConfig(sandbox=sandbox))
+    if (args.judge_url is None) != (args.judge_model is None):
+        raise UserError("--judge-url and --judge-model go together; give both, or neither")
+    judge = None
+    if args.judge_url is not None:
+        judge = JudgeConfig(url=args.judge_url, model=args.judge_model, budget=args.judge_budget)
+    rewards.configure(RewardsConfig(sandbox=args.sandbox, judge=judge))
     for name in (task.verifier, *task.beside):
         if (why := rewards.get(name).why_not()) is not None:
             raise UserError(f"task {task.name!r} is judged by the reward {name!r}: {why}")
@@ -135,7 +143,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     if task.verifier is None:
         raise UserError(f"task {args.task!r} has no right answers to measure; give a task with a verifier")
 
-    _can_judge(task, args.sandbox)
+    _can_judge(task, args)
 
     from r1fast.device import choose_device, choose_dtype
     from r1fast.model.tokenizer import CHAT_TEMPLATES
@@ -208,6 +216,7 @@ def key(args: argparse.Namespace, protocol: EvaluationConfig, task, dtype) -> di
         "sampling": json.dumps(protocol.sampling.model_dump()),
         "template": args.template or "checkpoint",
         "dtype": str(dtype),
+        "judge": f"{args.judge_model} at {args.judge_url}",
     }
 
 
@@ -236,7 +245,8 @@ def show(result: dict) -> None:
     table.add_row("pass@1", f"{result['pass@1']:.3f}  [{result['pass@1_low']:.3f}, {result['pass@1_high']:.3f}]")
     for i, value in result["pass@k"].items():
         table.add_row(f"pass@{i}", f"{value:.3f}")
-    table.add_row(f"cons@{k}", f"{result['cons@k']:.3f}")
+    if result["cons@k"] is not None:
+        table.add_row(f"cons@{k}", f"{result['cons@k']:.3f}")
     for name, value in result["summary"].items():
         table.add_row(name, str(value) if not isinstance(value, float) else f"{value:.3f}")
     for name in ("format", "language", "truncated"):
@@ -271,7 +281,10 @@ def main(argv: list[str] | None = None) -> int:
     show(result)
     if args.out is not None:
         write_atomically(args.out, json.dumps({**result, "rows": rows}, ensure_ascii=False, indent=1) + "\n")
-        partial(args.out).unlink()
+        if result["errors"]:
+            print(f"the same command judges the {result['errors']} failed samples again", file=sys.stderr)
+        else:
+            partial(args.out).unlink()
     return 0
 
 

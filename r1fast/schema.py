@@ -50,12 +50,26 @@ class TaskConfig(Strict):
     options: dict[str, Any] = {}  # of this kind; checked by the task itself
 
 
+class JudgeConfig(Strict):
+    """The language model that the reward `judge` asks."""
+
+    url: str  # an OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1
+    model: str
+    key: str = "OPENAI_API_KEY"  # the environment variable that holds the key, where one is wanted
+    cache: str = "judge.sqlite"  # replies by question; the budget counts this file's requests
+    budget: PositiveInt | None = None  # requests that may be sent in all; None: any number
+    tries: int = Field(4, ge=1, le=10)  # of one request
+    timeout: PositiveFloat = 120.0  # seconds for one try
+    max_tokens: PositiveInt = 4096  # of a reply
+
+
 class RewardsConfig(Strict):
     """How verifiers are run, whatever they verify."""
 
     sandbox: Literal["bubblewrap", "rlimits"] = "bubblewrap"  # rlimits isolates far less (r1fast/rewards/sandbox.py)
     workers: int = Field(0, ge=0)  # processes; 0: one a core, at most 8
     deadline: PositiveFloat = 5.0  # seconds for one completion, but for rewards that set their own (code, judge)
+    judge: JudgeConfig | None = None
     max_failures: float = Field(0.2, ge=0, le=1)  # share of a step's scores that may fail before the run stops
 
 

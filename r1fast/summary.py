@@ -131,7 +131,9 @@ def one_line(record: Mapping) -> str:
     evaluation = record.get("evaluation")
     if not evaluation:
         return record.get("note") or ""
-    parts = [f"pass@1 {percent(evaluation['pass@1'])}%", f"cons@{evaluation['k']} {percent(evaluation['cons@k'])}%"]
+    parts = [f"pass@1 {percent(evaluation['pass@1'])}%"]
+    if evaluation["cons@k"] is not None:
+        parts.append(f"cons@{evaluation['k']} {percent(evaluation['cons@k'])}%")
     parts += [f"format {percent(evaluation['format'])}%", f"language {percent(evaluation['language'])}%"]
     return "  ".join([*parts, f"length {evaluation['length']:.0f}"])
 

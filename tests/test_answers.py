@@ -106,6 +106,25 @@ def test_what_was_drawn_but_not_judged_is_judged_without_drawing(tmp_path):
     assert sampler.asked == [] and (numbers(result), main.answered) == uninterrupted()
 
 
+def test_what_could_not_be_judged_is_judged_again(tmp_path, monkeypatch):
+    path, exact = tmp_path / "answers.jsonl", rewards.get("exact")
+
+    def out_of_reach(completion, reference):
+        if reference in ("3", "4"):
+            raise OSError("the judge is out of reach")
+        return type(exact).judge(exact, completion, reference)
+
+    with AnswerFile(path, KEY) as answers, monkeypatch.context() as patch:
+        patch.setattr(exact, "judge", out_of_reach, raising=False)
+        result, _, _ = evaluator(ScriptedSampler(half_right)).evaluate(PROTOCOL, answers)
+    assert result["errors"] == 8 and result["pass@1"] == 0.5
+    sampler = ScriptedSampler(half_right)
+    with AnswerFile(path, KEY) as answers:
+        assert answers.finished == 3 * 8
+        result, main, _ = evaluator(sampler).evaluate(PROTOCOL, answers)
+    assert sampler.asked == [] and (numbers(result), main.answered) == uninterrupted()
+
+
 def test_equal_prompts_are_drawn_with_their_own_seeds_whatever_is_still_wanted(tmp_path):
     seeds = []
 

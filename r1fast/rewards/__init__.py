@@ -1,6 +1,6 @@
 """Rewards by rule. `get("math")(completion, reference)` gives a `Score`; each file registers its own."""
 
-from r1fast.rewards import code, drop, exact, format, gsm8k, language, math
+from r1fast.rewards import code, drop, exact, format, gsm8k, ifeval, judge, language, math, multiple_choice
 from r1fast.rewards.base import Reward, Score, configure, get, names, register, settings
 
 __all__ = [
@@ -13,8 +13,11 @@ __all__ = [
     "format",
     "get",
     "gsm8k",
+    "ifeval",
+    "judge",
     "language",
     "math",
+    "multiple_choice",
     "names",
     "register",
     "settings",

@@ -43,6 +43,14 @@ def tagged_answer(completion: str) -> str | None:
     return completion[start + len(ANSWER) : end].strip() if start >= 0 else None
 
 
+def final_answer(completion: str) -> str:
+    """What a reader is shown: the tagged answer, or what follows the reasoning, or everything, stripped."""
+    tagged = tagged_answer(completion)
+    if tagged is not None:
+        return tagged
+    return completion.rpartition(THINK_END)[2].strip() or completion.strip()
+
+
 def labelled_answer(completion: str) -> str | None:
     """What follows the last `answer :` (or `答案 :`), to the end of its line or the next tag; None without one."""
     ends = [label.end() for label in _LABEL.finditer(completion)]

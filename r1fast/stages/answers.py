@@ -78,7 +78,11 @@ class AnswerFile:
         for row in rows[1:]:
             place = row["part"], row["id"]
             samples = [Sample(**sample) for sample in row["samples"]]
-            (self._scored if row["scored"] else self._drawn)[place] = samples
+            if row["scored"] and not any(sample.errors for sample in samples):
+                self._scored[place] = samples
+            else:  # what a verifier failed at is judged again: the judge may have been out of reach
+                self._drawn[place] = [Sample(s.text, s.tokens, s.finish) for s in samples]
+                self._scored.pop(place, None)
 
     def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name in sorted({*found, *wanted}):

@@ -215,6 +215,7 @@ class Evaluator:
             "samples": protocol.samples,
             "k": protocol.samples,
             **main.numbers(),
+            **({} if _votes(task) else {"cons@k": None}),
             "pass@1_t1": at_one,
             "greedy": greedy,
             "seconds": time.perf_counter() - began,
@@ -222,6 +223,11 @@ class Evaluator:
             "summary": task.summary([(a.prompt.meta, a.samples) for a in main.answered]),
         }
         return result, main, general_groups
+
+
+def _votes(task: Task) -> bool:
+    """Whether answers can be compared: prose and programs have no majority."""
+    return type(rewards.get(task.verifier)).extract is not rewards.Reward.extract
 
 
 def _group(answered: Answered) -> RolloutGroup:

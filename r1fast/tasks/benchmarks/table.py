@@ -88,15 +88,15 @@ TABLE: dict[str, Benchmark] = {
         beside=("ifeval_loose", "ifeval_instructions", "ifeval_loose_instructions"), summary=ifeval_summary,
     ),
     "frames": Benchmark(
-        "FRAMES", rows.frames, prompts.FACTS, "judge_fact", Hub("google/frames-benchmark", "test"),
+        "FRAMES", rows.frames, prompts.FACTS, "judge", Hub("google/frames-benchmark", "test"),
         ("Prompt", "Answer", "reasoning_types"), beside=("judge_attempted",), summary=facts_summary,
     ),
     "simpleqa": Benchmark(
-        "SimpleQA", rows.simpleqa, prompts.PLAIN, "judge_fact", Hub("basicv8vc/SimpleQA", "test"),
+        "SimpleQA", rows.simpleqa, prompts.PLAIN, "judge", Hub("basicv8vc/SimpleQA", "test"),
         ("metadata", "problem", "answer"), beside=("judge_attempted",), summary=facts_summary,
     ),
     "csimpleqa": Benchmark(
-        "Chinese SimpleQA", rows.simpleqa, prompts.PLAIN, "judge_fact",
+        "Chinese SimpleQA", rows.simpleqa, prompts.PLAIN, "judge",
         Hub("OpenStellarTeam/Chinese-SimpleQA", "train"), ("primary_category", "question", "answer"),
         beside=("judge_attempted",), summary=facts_summary, language="zh",
     ),
@@ -114,12 +114,12 @@ TABLE: dict[str, Benchmark] = {
         ("contest_id", "index", "description", "official_tests", "rating"), 16, summary=codeforces_summary,
     ),
     "alpaca_eval": Benchmark(
-        "AlpacaEval 2.0", rows.alpaca_eval, prompts.PLAIN, "judge_pair",
+        "AlpacaEval 2.0", rows.alpaca_eval, prompts.PLAIN, "judge",
         Hub("tatsu-lab/alpaca_eval", "eval", "alpaca_eval_gpt4_baseline"), ("instruction", "output", "generator"), 1,
         summary=alpaca_summary,
     ),
     "arena_hard": Benchmark(
-        "Arena-Hard", rows.arena_hard, prompts.PLAIN, "judge_pair", Hub("lmarena-ai/arena-hard-auto", "train"),
+        "Arena-Hard", rows.arena_hard, prompts.PLAIN, "judge", Hub("lmarena-ai/arena-hard-auto", "train"),
         ("question_id", "cluster", "turns"), 1, summary=arena_summary,
     ),
 }  # fmt: skip

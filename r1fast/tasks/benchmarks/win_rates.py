@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from r1fast.config import UserError
+from r1fast.rewards.layout import final_answer
 
 RIDGE = 1e-3  # on every coefficient, in units of one preference: only so that a model that wins all has a finite fit
 Answered = Sequence[tuple[Mapping[str, Any], Sequence[Any]]]
@@ -85,11 +86,6 @@ def _first(answered: Answered) -> list[tuple[int, float, int, int]]:
             length = sum(len(final_answer(s.text)) for s in judged) / len(judged)
             found.append((index, preference, length, meta["baseline"]))
     return found
-
-
-def final_answer(text: str) -> str:
-    """What the judge is shown and whose length counts: not the reasoning."""
-    return text.rpartition("</think>")[2].strip() or text.strip()
 
 
 def alpaca_summary(answered: Answered, options: Any) -> dict[str, float]:
