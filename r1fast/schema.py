@@ -88,6 +88,8 @@ class OptimizerConfig(Strict):
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
+    implementation: Literal["torch", "apex"] = "torch"  # apex: its FusedAdam, where it is installed, on a GPU
+    states: Literal["auto", "float32", "bfloat16"] = "auto"  # of the two moments; auto: bfloat16 when memory is short
 
 
 class SamplingConfig(Strict):

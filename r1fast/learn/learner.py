@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from r1fast.learn.masters import Masters
 from r1fast.learn.optimizer import Schedule, build_optimizer
 from r1fast.learn.policy import train_policy
 from r1fast.model.decoder import Decoder
@@ -44,7 +45,10 @@ class Learner:
     def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
         self.model, self.config = model, config
         self.schedule = Schedule(config, total_steps)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in trained)
+        self.masters = Masters(trained) if half else None
+        self.parameters = self.masters.parameters if half else trained  # what the optimizer moves
         self.optimizer = build_optimizer(self.parameters, config)
         self.steps = 0  # optimizer steps begun, also those that were skipped
         self.skipped = 0  # steps whose loss or gradient was not finite, and which changed nothing
@@ -93,6 +97,8 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
+            if self.masters is not None:
+                self.masters.publish()
             if isinstance(self.model, Decoder):  # a reward model is not sampled from: it has no version
                 self.model.bump_version()
         else:
@@ -131,6 +137,7 @@ class Learner:
             "steps": self.steps,
             "skipped": self.skipped,
             "total_steps": self.schedule.total_steps,
+            **({} if self.masters is None else self.masters.state_dict()),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -142,6 +149,8 @@ class Learner:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
+        if self.masters is not None:
+            self.masters.load_state_dict(state)
 
 
 def _moved(found: tuple[Tensor, BatchStats | None], device: torch.device | str) -> tuple[Tensor, BatchStats | None]:

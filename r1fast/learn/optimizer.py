@@ -1,4 +1,4 @@
-"""AdamW and the learning rate over a run."""
+"""AdamW, by whom and with which states, and the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from r1fast.config import UserError
+from r1fast.learn.half_states import HalfStateAdamW
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -38,13 +41,35 @@ class Schedule:
         return c.learning_rate * (c.final + (1.0 - c.final) * left)
 
 
-def build_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW (one pass over each tensor, CPU and GPU). Norms, biases and whatever else has one dimension
-    are not decayed: their size is no measure of the function's complexity."""
+def build_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW as `config` says: torch's fused one (one pass over each tensor, CPU and GPU), apex's FusedAdam, or ours
+    whose states are bfloat16. Norms, biases and whatever else has one dimension are not decayed: their size is no
+    measure of the function's complexity. UserError where apex is asked for and cannot be had."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    settings = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    if config.implementation == "apex":
+        return _apex(groups, config, settings)
+    if config.states == "bfloat16":
+        return HalfStateAdamW(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def _apex(groups: list[dict], config: OptimizerConfig, settings: dict) -> torch.optim.Optimizer:
+    """apex.optimizers.FusedAdam: one launch for many tensors, decay decoupled as in AdamW."""
+    if config.states == "bfloat16":
+        raise UserError("optimizer.implementation apex keeps its states in float32; leave optimizer.states as it is")
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"optimizer.implementation is apex, but apex cannot be imported ({error}): build it from NVIDIA's sources, "
+            f"or leave optimizer.implementation at torch"
+        ) from None
+    if not all(p.is_cuda for group in groups for p in group["params"]):
+        raise UserError("optimizer.implementation is apex, which runs on a CUDA GPU only; use torch here")
+    return FusedAdam(groups, **settings, adam_w_mode=True)
