@@ -78,21 +78,29 @@ class StepEngine:
 
     @torch.inference_mode()
     def prefill(self, work: PrefillWork) -> Drawn | None:
-        hidden = self.model.forward_paged(work.step, self._kv)
+        hidden = self.hidden(work.step)
         if not work.last_rows:
             return None
         if work.copies:
             self._kv.copy_blocks(*torch.tensor(work.copies, device=hidden.device).unbind(1))
         last, counts = torch.tensor([work.last_rows, work.counts], device=hidden.device)
-        logits = self.model.logits(hidden[last])
+        logits = self.logits(hidden[last])
         rows = self._batch.size - work.first
         return self._draw(logits.repeat_interleave(counts, 0, output_size=rows), work.first)
 
     @torch.inference_mode()
     def decode(self, ahead: int) -> Drawn:
-        hidden = self.model.forward_paged(self._batch.step(), self._kv)
+        hidden = self.hidden(self._batch.step())
         self._batch.advance()
-        return self._draw(self.model.logits(hidden), 0)
+        return self._draw(self.logits(hidden), 0)
+
+    def hidden(self, step: PagedStep) -> Tensor:
+        """[T, H] of a step's tokens, whose keys and values are then in the cache."""
+        return self.model.forward_paged(step, self._kv)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> float32 [..., V]."""
+        return self.model.logits(hidden)
 
     def _draw(self, logits: Tensor, first: int) -> Drawn:
         correction = forbid_stops(logits, self._batch, first)

@@ -13,7 +13,8 @@ the other decodes every running sequence. What a step computes is the engine's (
 Draws. Sample s of a prompt draws the token at position t from noise keyed by (seed, prompt, s, t), where `prompt` names
 the prompt's tokens (and, among equal prompts of one seed in a call, which of them it is). So a request's tokens depend
 neither on what else is in the call or batch, nor on chunks, preemptions, cached prefixes or the size of the pool; its
-log-probabilities may differ in the last bits, as products of other shapes round differently.
+log-probabilities may differ in the last bits, as products of other shapes round differently, unless `exact` is set
+(exact.py).
 
 Length bias. With `spare` samples, or with `enough` prompts, what finishes first is kept, and that is what is short:
 mean length falls, and with it whatever goes with length. A sample that is given up late has also cost its decoding.
@@ -32,6 +33,7 @@ from r1fast.model.decoder import Decoder
 from r1fast.rollout.batch import RunningBatch
 from r1fast.rollout.engine import Engine, StepEngine
 from r1fast.rollout.events import Drew, Event, GroupDone
+from r1fast.rollout.exact import ExactEngine
 from r1fast.rollout.memory import KVMemory
 from r1fast.rollout.params import Reader, SamplingParams, as_params, as_prompts, stop_tokens
 from r1fast.rollout.session import Open, Session
@@ -60,10 +62,12 @@ class Sampler:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         engine: Engine | None = None,
+        exact: bool = False,
     ):
         """max_seqs: sequences that decode together. kv_blocks: of the cache; None sizes it by the call and by what is
         free (memory.py). prefill_tokens: most prompt tokens forwarded in one step. tokenizer: for stop strings alone.
-        engine: what computes the steps; a StepEngine where None.
+        engine: what computes the steps; a StepEngine where None. exact: bit-identical log-probabilities whatever else
+        is in the batch, at a price (exact.py), with an engine of its own.
 
         Raises UserError for sizes below 1 or an eos token outside the vocabulary.
         """
@@ -79,7 +83,9 @@ class Sampler:
         self.model = model
         self.eos_token_ids = stop_tokens(ids, config.vocab_size, "sampler: eos_token_id")
         self.max_seqs, self.block_size, self.prefill_tokens = max_seqs, block_size, prefill_tokens
-        self.engine: Engine = StepEngine(model) if engine is None else engine
+        if exact and engine is not None:
+            raise UserError("sampler: exact comes with an engine of its own; give one of the two")
+        self.engine: Engine = engine or (ExactEngine if exact else StepEngine)(model)
         self.memory = KVMemory(model, block_size, kv_blocks)
         self.preemptions = 0  # in the last call
         self.found_tokens = 0  # prompt tokens of the last call that were in the cache already

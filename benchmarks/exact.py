@@ -1,0 +1,86 @@
+"""`python -m benchmarks.exact`: what the sampler's `exact` mode costs.
+
+Both kinds of sampler take turns in one process, over the same weights and prompts; a ratio is the median of the ratios
+of the turns, with the lowest and highest. Before anything is timed, both must draw the same tokens. Docs read the file
+it leaves (benchmarks/readme.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import time
+from statistics import median
+
+import torch
+
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from r1fast.model.decoder import Decoder, DecoderConfig
+from r1fast.rollout.sampler import Sampler, SamplingParams
+
+MODELS = {
+    "3M": DecoderConfig(512, 256, 640, layers=4, heads=4, kv_heads=2, head_dim=64, max_positions=1024),
+    "30M": DecoderConfig(8192, 512, 1536, layers=8, heads=8, kv_heads=4, head_dim=64, max_positions=1024),
+}
+# prompts, tokens of each, samples, tokens to draw
+CASES = ((1, 32, 1, 32), (1, 32, 8, 32), (8, 32, 8, 32), (8, 32, 32, 16), (4, 512, 1, 1), (4, 512, 16, 16))
+
+
+def measure(name: str, turns: int) -> list[dict]:
+    config, rng = MODELS[name], random.Random(0)
+    model = Decoder(config).initialize(0)
+    with torch.no_grad():
+        model.head.normal_(0, 1.5 * config.hidden_size**-0.5, generator=torch.Generator().manual_seed(1))
+    samplers = [Sampler(model, exact=exact) for exact in (False, True)]
+    found = []
+    for prompts, length, samples, new in CASES:
+        tokens = [[rng.randrange(config.vocab_size) for _ in range(length)] for _ in range(prompts)]
+        seconds, drawn = ([], []), []
+        for turn in range(turns + 1):
+            for sampler, times in zip(samplers, seconds, strict=True):
+                model.bump_version()  # so that no prompt is found in the cache
+                began = time.perf_counter()
+                groups = sampler.sample(tokens, SamplingParams(n=samples, max_tokens=new, seed=turn))
+                times.append(time.perf_counter() - began)
+                drawn.append([[rollout.tokens for rollout in group.rollouts] for group in groups])
+        if any(drawn[turn] != drawn[turn + 1] for turn in range(0, len(drawn), 2)):
+            raise SystemExit(f"{name}: exact draws other tokens; nothing is timed that is not right")
+        ratios = [b / a for a, b in zip(*(times[1:] for times in seconds), strict=True)]
+        case = {"model": name, "prompts": prompts, "prompt": length, "samples": samples, "new": new}
+        usual = median(seconds[0][1:])
+        found.append({**case, "seconds": usual, "ratio": median(ratios), "low": min(ratios), "high": max(ratios)})
+        print(found[-1], flush=True)
+    return found
+
+
+def table(result: dict) -> str:
+    """Markdown: a line for each case."""
+    lines = [
+        "| model | prompts x tokens | samples x tokens | usual, s | exact costs |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for one in result["cases"]:
+        shape = f"{one['prompts']} x {one['prompt']} | {one['samples']} x {one['new']}"
+        ratio = f"{one['ratio']:.2f} x ({one['low']:.2f}–{one['high']:.2f})"
+        lines.append(f"| {one['model']} | {shape} | {one['seconds']:.3f} | {ratio} |")
+    where = f"{result['machine']}, {result['threads']} threads, torch {result['torch']}, float32"
+    return "\n".join((*lines, "", f"Measured with `python -m benchmarks.exact` at {result['commit']}: {where}."))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exact", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    cases = [case for name in MODELS for case in measure(name, options.turns)]
+    revision = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(revision, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    about = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+    path = RESULTS / f"{about['machine'].lower().replace(' ', '-')}-exact.json"
+    path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+    print(table({**about, "cases": cases}))
+
+
+if __name__ == "__main__":
+    main()
