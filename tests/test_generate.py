@@ -1,20 +1,29 @@
 """The command a person tries a checkpoint with: what it prints, that it streams, and how it says what is wrong."""
 
 import io
+import os
+import pty
+import re
+import signal
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1fast.generate import main
+from r1fast.generate import StatusLine, main
+from r1fast.generate import pieces as pieces_of_samples
 from r1fast.model.decoder import Decoder, DecoderConfig
 from r1fast.model.tokenizer import apply_template, build_word_tokenizer, decode
 from r1fast.model.weights import save
+from r1fast.rollout.events import Drew, SampleDone
 from r1fast.rollout.sampler import Sampler, SamplingParams
-from r1fast.rollout.text import pieces
+from r1fast.rollout.text import TextStream, pieces
+from r1fast.types import Rollout
 
 WORDS = ["tom", "has", "eggs", "<think>", "</think>", *(str(number) for number in range(40))]
 
@@ -81,11 +90,183 @@ def test_chat_goes_through_the_template_and_samples_are_numbered(checkpoint, cap
     )
     arguments = ["--chat", "--samples", "3", "--max-tokens", "9", "--temperature", "1", "--top-p", "1"]
     assert main([folder, "--prompt", "tom has 3", *arguments]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1::2] == texts
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [line for i, text in enumerate(texts, 1) for line in (f"--- {i} of 3", text)]
     assert len(set(texts)) == 3
-    headers = [f"--- {i} of 3: {len(r.tokens)} tokens, {r.finish}" for i, r in enumerate(rollouts, 1)]
-    assert lines[0::2] == headers
+    cut = sum(rollout.finish == "length" for rollout in rollouts)
+    assert cut and err.endswith(f"; {cut} of 3 reached --max-tokens or the context\n")
+    assert err.startswith(f"{sum(len(rollout.tokens) for rollout in rollouts)} tokens in ")
+
+
+def test_the_first_sample_is_streamed_while_the_others_wait_for_their_turn():
+    texts = [TextStream(lambda tokens: "".join("abcdefgh"[token] for token in tokens)) for _ in range(3)]
+    events = [
+        Drew(0, 0, [0], [], []), Drew(0, 1, [1], [], []), Drew(0, 2, [2], [], []),
+        SampleDone(0, 2, Rollout([2], [], "stop")), Drew(0, 0, [3], [], []), Drew(0, 1, [4], [], []),
+        SampleDone(0, 0, Rollout([0, 3], [], "stop")), Drew(0, 1, [5], [], []),
+        SampleDone(0, 1, Rollout([1, 4, 5], [], "length")),
+    ]  # fmt: skip
+    found = list(pieces_of_samples(events, texts))
+    assert found == ["--- 1 of 3\n", "a", "d", "\n", "--- 2 of 3\nbe", "f", "\n", "--- 3 of 3\nc", "\n"]
+
+
+def test_stop_strings_and_top_k(checkpoint, capsys):
+    folder, _, tokenizer = checkpoint
+    arguments = [folder, "--prompt", "tom has 3", "--max-tokens", "30", "--temperature", "0.9", "--top-p", "1"]
+    (whole,), _ = expected(checkpoint, tokenizer.encode("tom has 3"), max_tokens=30, temperature=0.9)
+    assert main(arguments) == 0 and capsys.readouterr().out == whole + "\n"
+    words = whole.split()
+    stop = " ".join(words[4:6])
+    assert main([*arguments, "--stop", "not there", "--stop", stop]) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
+    (narrow,), _ = expected(checkpoint, tokenizer.encode("tom has 3"), max_tokens=30, temperature=0.9, top_k=2)
+    assert main([*arguments, "--top-k", "2"]) == 0
+    assert capsys.readouterr().out == narrow + "\n" and narrow != whole
+
+
+class Screen:
+    """A terminal of `rows` lines, as far as generate speaks to one: text, and the codes of its status line."""
+
+    def __init__(self, rows, columns=100):
+        self.lines, self.rows, self.columns = [""] * rows, rows, columns
+        self.row, self.column, self.region, self.saved = rows - 2, 0, (0, rows - 1), None
+        self.scrolled = []
+
+    def feed(self, text):
+        for found in re.finditer(r"\x1b([78D])|\x1b\[([\d;]*[A-Za-z])|[\s\S]", text):
+            character, (final, digits) = found[0], found.groups()
+            if final == "7":
+                self.saved = (self.row, self.column)
+            elif final == "8":
+                self.row, self.column = self.saved
+            elif final == "D":
+                column = self.column
+                self.new_line()
+                self.column = column
+            elif digits:
+                self.control(digits[-1], [int(n) for n in digits[:-1].split(";") if n])
+            elif character == "\n":
+                self.new_line()
+            elif character == "\r":
+                self.column = 0
+            else:
+                line = self.lines[self.row].ljust(self.column)
+                self.lines[self.row] = line[: self.column] + character + line[self.column + 1 :]
+                self.column += 1
+                assert self.column <= self.columns
+
+    def new_line(self):
+        self.column = 0
+        if self.row == self.region[1]:
+            self.scrolled.append(self.lines.pop(self.region[0]))
+            self.lines.insert(self.region[1], "")
+        else:
+            self.row += 1
+
+    def control(self, letter, numbers):
+        if letter == "A":
+            self.row -= 1
+        elif letter == "H":
+            self.row, self.column = numbers[0] - 1, numbers[1] - 1
+        elif letter == "K":
+            self.lines[self.row] = "" if numbers == [2] else self.lines[self.row][: self.column]
+        elif letter == "r":
+            self.region = (numbers[0] - 1, numbers[1] - 1) if numbers else (0, self.rows - 1)
+            self.row = self.column = 0
+        else:
+            raise AssertionError(f"unknown code {letter}")
+
+
+class Terminal(io.StringIO):
+    def __init__(self, screen):
+        super().__init__()
+        self.screen = screen
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.screen.feed(text)
+        return len(text)
+
+
+@pytest.mark.parametrize("start", [2, 10])
+def test_in_a_terminal_the_speed_stands_below_the_text_that_scrolls(checkpoint, monkeypatch, start):
+    """Begun in the middle of the screen, and at its end."""
+    folder, _, tokenizer = checkpoint
+    screen = Screen(rows=12)
+    screen.row, seen = start, []
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(StatusLine, "EVERY", 0)
+    monkeypatch.setattr(StatusLine, "_size", lambda self: (screen.columns, screen.rows))
+    monkeypatch.setattr(sys, "stdout", Terminal(screen))
+    monkeypatch.setattr(sys, "stderr", Terminal(screen))
+    show = StatusLine.show
+
+    def watched(self, text):
+        show(self, text)
+        seen.append(screen.lines[-1])
+
+    monkeypatch.setattr(StatusLine, "show", watched)
+    arguments = ["--samples", "7", "--max-tokens", "5", "--temperature", "1", "--top-p", "1"]
+    assert main([folder, "--prompt", "tom has 3", *arguments]) == 0
+    texts, _ = expected(checkpoint, tokenizer.encode("tom has 3"), n=7, max_tokens=5, temperature=1.0, top_p=1.0)
+    lines = [line for i, text in enumerate(texts, 1) for line in (f"--- {i} of 7", text)]
+    assert all(re.fullmatch(r"(\d samples, )?\d+ tokens, [\d,]+ tokens/s", line) for line in seen) and len(seen) > 6
+    *text, closing = [line for line in (*screen.scrolled, *screen.lines) if line]
+    assert text == lines and re.match(r"\d+ tokens in .* on cpu", closing)
+    assert screen.region == (0, 11)
+
+
+def test_piped_text_is_clean_while_the_terminal_shows_the_speed(checkpoint, monkeypatch):
+    folder, _, tokenizer = checkpoint
+    screen, out = Screen(rows=3), io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(StatusLine, "EVERY", 0)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", Terminal(screen))
+    assert main([folder, "--prompt", "tom has 3", "--max-tokens", "9", "--temperature", "0"]) == 0
+    (text,), _ = expected(checkpoint, tokenizer.encode("tom has 3"), max_tokens=9, temperature=0)
+    assert out.getvalue() == text + "\n"
+    assert [line[:11] for line in screen.lines if line] == ["9 tokens in"]
+
+
+def test_an_interrupt_keeps_what_was_drawn_and_leaves_the_terminal_as_it_was(checkpoint):
+    """In a pseudo-terminal, with the signal that Ctrl-C sends."""
+    folder = checkpoint[0]
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    arguments = [folder, "--prompt", "tom has 3", "--max-tokens", "55", "--temperature", "0"]
+    slow = (
+        "import sys, time; from r1fast.model.decoder import Decoder as D; f = D.forward_paged\n"
+        "D.forward_paged = lambda *a: (time.sleep(0.1), f(*a))[1]\n"
+        "import r1fast.generate as g; sys.exit(g.main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], stdin=follower, stdout=follower, stderr=follower,
+        start_new_session=True, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(follower)
+    shown = b""
+    while shown.count(b"tokens/s") < 4:
+        shown += os.read(leader, 4096)
+    process.send_signal(signal.SIGINT)
+    with suppress(OSError):  # the end of a pseudo-terminal
+        while part := os.read(leader, 4096):
+            shown += part
+    os.close(leader)
+    assert process.wait(30) == 130
+    text = shown.decode()
+    assert "\x1b[1;23r" in text and "Traceback" not in text and text.rstrip().endswith("; interrupted")
+    assert text.rindex("\x1b[r") > text.rindex(";1H\x1b[2K")  # the whole screen scrolls again, after the last line
+
+
+def test_who_reads_no_further_ends_it_quietly(checkpoint):
+    command = [sys.executable, "-m", "r1fast.generate", checkpoint[0], "--prompt", "tom", "--samples", "3"]
+    process = subprocess.Popen([*command, "--max-tokens", "50"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait() == 141 and "Traceback" not in errors and "Exception" not in errors
 
 
 def test_the_prompt_can_be_piped_in(checkpoint, capsys, monkeypatch):

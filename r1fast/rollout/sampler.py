@@ -137,24 +137,30 @@ class Sampler:
         Between two groups nothing is computed, so what is done with a group is done while the rest waits; closing the
         iterator gives up the rest. The weights must not change before the last group is out: RuntimeError.
         """
-        return self._groups(self._read(prompts, params, on_error))
+        return self._groups(self._run(self._read(prompts, params, on_error)))
 
-    def _groups(self, requests: list[Open]) -> Iterator[tuple[int, RolloutGroup]]:
-        with closing(self._run(requests)) as events:
+    def _groups(self, events: Iterator[Event]) -> Iterator[tuple[int, RolloutGroup]]:
+        with closing(events):
             for event in events:
                 if isinstance(event, GroupDone):
                     yield event.request, event.group
+
+    def events(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams]) -> Iterator[Event]:
+        """Everything that happens in a call, tokens as they are drawn included: Drew, SampleDone and GroupDone events
+        whose `request` is the index of the prompt. Errors and closing are those of `stream`."""
+        requests = self._read(prompts, params, None)
+        for one in requests:
+            one.streamed = True
+        return self._run(requests)
 
     def stream_tokens(self, prompt: Sequence[int] | Prompt, params: SamplingParams) -> Iterator[int]:
         """The tokens of one sample as they are drawn. UserError unless params.n is 1."""
         if params.n != 1 or params.spare:
             raise UserError(f"streaming tokens needs n=1 and no spare ones, got n={params.n}, spare={params.spare}")
-        (one,) = self._read([prompt], params, None)
-        one.streamed = True
-        return self._tokens(one)
+        return self._tokens(self.events([prompt], params))
 
-    def _tokens(self, one: Open) -> Iterator[int]:
-        with closing(self._run([one])) as events:
+    def _tokens(self, events: Iterator[Event]) -> Iterator[int]:
+        with closing(events):
             for event in events:
                 if isinstance(event, Drew):
                     yield from event.tokens
