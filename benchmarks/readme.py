@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import kernels_vs_peers
+from benchmarks import exact, kernels_vs_peers
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
@@ -45,8 +45,14 @@ def peers_part() -> str:
     return tables or "No results are committed yet; docs/log.md has first numbers."
 
 
-PARTS = {"tiny": tiny_part, "peers": peers_part}
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+def exact_part() -> str:
+    """What benchmarks.exact left."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-exact.json")))
+    return "\n\n".join(map(exact.table, found))
+
+
+PARTS = {"tiny": tiny_part, "peers": peers_part, "exact": exact_part}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "sampling.md")
 
 
 def rewritten(readme: str) -> str:

@@ -86,10 +86,12 @@ class IntegerEngine:
     def decode(self, ahead):
         view, table, rows = self.batch.view, self.batch.table.numpy(), np.arange(self.batch.size)
         token, counts, alive, seen = view["token"].copy(), rows * 0, rows >= 0, []
-        for _ in range(ahead):
+        for number in range(ahead):
             place = (view["length"] + counts)[alive]
             block = table[rows[alive], place // self.size].astype(np.int64)
-            self.write(block * self.size + place % self.size, token[alive], place)
+            slots = block * self.size + place % self.size
+            assert number or (slots == view["slot"]).all()  # what the batch keeps for engines of one token a step
+            self.write(slots, token[alive], place)
             forbidden = (view["drawn"] + counts < view["min_tokens"])[alive]
             token[alive] = draw(
                 self.hashes(table[alive], place + 1), view["key"][alive], view["seed"][alive], forbidden
@@ -124,6 +126,8 @@ def expected(prompt, params, key, version):
 
 def random_request(rng, templates):
     prompt = rng.choice(templates)[: rng.randint(0, 30)] + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9))]
+    if rng.random() < 0.2:  # the later blocks are those of another template, and yet others
+        prompt = rng.choice(templates)[: rng.randint(1, 8)] + prompt[8:]
     longest = rng.randint(1, 40)
     params = SamplingParams(
         n=rng.randint(1, 4), max_tokens=longest, seed=rng.randrange(-3, 3), spare=rng.choice([0, 0, 0, 2]),
@@ -151,7 +155,7 @@ def soak(requests: int, seed: int = 0, sessions: int = 8) -> Counter:
     rng = random.Random(seed)
     model = Decoder(DecoderConfig(VOCABULARY, 4, 4, layers=1, heads=1, kv_heads=1, head_dim=4, max_positions=CONTEXT))
     engine = IntegerEngine(model, rng)
-    sampler = Sampler(model, STOP, max_seqs=24, kv_blocks=90, block_size=4, prefill_tokens=50, engine=engine)
+    sampler = Sampler(model, STOP, max_seqs=24, kv_blocks=90, block_size=4, prefill_tokens=20, engine=engine)
     templates = [[rng.randrange(VOCABULARY) for _ in range(30)] for _ in range(5)]
     told = Counter()
     for _ in range(sessions):
@@ -180,7 +184,8 @@ def _soak_session(rng, sampler, session, requests, templates, told):
                 if stream:
                     streamed[number] = {}
         if asked and rng.random() < 0.15:
-            number = rng.choice(list(asked))
+            halfway = [prefill.request.index for prefill in session._scheduler._prefilling]
+            number = rng.choice(halfway[:1] or [*asked][-30:])
             assert session.cancel(number) == (number not in over)
         for event in session.step():
             assert event.request not in over
@@ -196,6 +201,9 @@ def _soak_session(rng, sampler, session, requests, templates, told):
                 told["cancelled"] += 1
         sampler.memory.pool.check(session._scheduler.tables())
     assert over == set(asked)
+    scheduler, pool = session._scheduler, sampler.memory.pool
+    assert scheduler.available == pool.free == pool.blocks
+    assert scheduler._growth == scheduler._waiting_samples == scheduler._prefilling_samples == 0
 
 
 if __name__ == "__main__":

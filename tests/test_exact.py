@@ -1,5 +1,7 @@
 """The `exact` mode: every bit of a request's log-probabilities, whatever is around it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,3 +97,17 @@ def test_where_it_cannot_be_it_is_refused(monkeypatch, model):
         Sampler(bad, exact=True).sample([[1]], SamplingParams(max_tokens=1))
     with pytest.raises(UserError, match="exact comes with an engine of its own"):
         Sampler(model, exact=True, engine=StepEngine(model))
+
+
+def test_the_benchmark_times_both_and_counts_other_tokens(monkeypatch, capsys):
+    from benchmarks import exact
+
+    small = replace(tiny_model().config, max_positions=64)
+    monkeypatch.setattr(exact, "MODELS", {"3M": small})
+    monkeypatch.setattr(exact, "CASES", ((2, 20, 2, 3),))
+    (case,) = exact.measure("3M", turns=2)
+    assert case["draws"] == 3 * 2 * 2 * 3 and case["other"] == 0
+    assert 0 < case["low"] <= case["ratio"] <= case["high"]
+    about = {"machine": "a machine", "threads": 1, "torch": "2", "commit": "abc"}
+    assert "| 3M | 2 x 20 | 2 x 3 | " in exact.table({**about, "cases": [case]})
+    assert exact.differing([[[[1, 2, 3], [4, 5]]], [[[1, 9, 8], [4, 5]]]]) == (1, 4)

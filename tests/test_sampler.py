@@ -1,10 +1,13 @@
 """The sampler against transformers, against a dense forward, against exact probabilities, and against itself:
 whatever else is in the batch, however small the pool or the chunks, a request's tokens stay the same."""
 
+import itertools
 import random
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -97,25 +100,32 @@ def test_greedy_logprobs_are_untempered(model):
     assert rollout.tokens == logp.argmax(-1).tolist()
 
 
-TRUNCATIONS = [
-    dict(), dict(temperature=0.6), dict(temperature=1.5), dict(top_k=5), dict(top_p=0.9),
-    dict(temperature=0.8, top_k=9, top_p=0.9),
-]  # fmt: skip
+COMBINATIONS = [
+    dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    for temperature, top_k, top_p in itertools.product((0.6, 1.0, 1.5), (0, 9), (1.0, 0.9))
+]
 
 
-@pytest.mark.parametrize("settings", TRUNCATIONS, ids=str)
-def test_draws_follow_the_exact_distribution(model, settings):
-    """Chi-square of first and second tokens (given the likeliest first) over 12,000 samples, and their log-probs."""
-    params = SamplingParams(n=12_000, max_tokens=2, seed=11, **settings)
-    (group,) = Sampler(model, max_seqs=4096).sample([[7, 3, 9, 9, 1]], params)
+@pytest.fixture(scope="module")
+def drawn(model):
+    """12,000 samples of two tokens for every combination, all in one batch."""
+    params = [SamplingParams(n=12_000, max_tokens=2, seed=11, **settings) for settings in COMBINATIONS]
+    groups = Sampler(model, max_seqs=4096).sample([[7, 3, 9, 9, 1]] * len(params), params)
+    return dict(zip(map(str, COMBINATIONS), groups, strict=True))
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=str)
+def test_draws_follow_the_exact_distribution(model, drawn, settings):
+    """Chi-square of first and second tokens (given the likeliest first), and their log-probs."""
+    params, group = SamplingParams(**settings), drawn[str(settings)]
     firsts = torch.tensor([rollout.tokens[0] for rollout in group.rollouts])
     common = int(firsts.bincount().argmax())
     logits = dense_logits(model, [7, 3, 9, 9, 1], [common, 0])
     for step in (0, 1):
         rollouts = [r for r in group.rollouts if step == 0 or r.tokens[0] == common]
         exact = exact_distribution(logits[step].double(), params)
-        drawn = torch.tensor([rollout.tokens[step] for rollout in rollouts])
-        count = drawn.bincount(minlength=VOCABULARY).double()
+        drawn_here = torch.tensor([rollout.tokens[step] for rollout in rollouts])
+        count = drawn_here.bincount(minlength=VOCABULARY).double()
         assert (count[exact == 0] == 0).all()
         expected = exact * len(rollouts)
         big = expected >= 5
@@ -123,13 +133,13 @@ def test_draws_follow_the_exact_distribution(model, settings):
             (count[~big].sum() - expected[~big].sum()) ** 2 / expected[~big].sum().clamp(min=1)
         )
         freedom = int(big.sum())
-        assert freedom >= 3
+        assert freedom >= 2
         assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 8  # about one in 10^5 for a right sampler
         logprobs = torch.tensor([rollout.logprobs[step] for rollout in rollouts]).double()
-        torch.testing.assert_close(logprobs, exact[drawn].log(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logprobs, exact[drawn_here].log(), rtol=0, atol=1e-4)
         full = torch.tensor([rollout.logprobs_full[step] for rollout in rollouts]).double()
         untruncated = torch.log_softmax(logits[step].double() / params.temperature, -1)
-        torch.testing.assert_close(full, untruncated[drawn], rtol=0, atol=1e-4)
+        torch.testing.assert_close(full, untruncated[drawn_here], rtol=0, atol=1e-4)
 
 
 def exact_distribution(logits, params):
@@ -562,3 +572,10 @@ def test_bad_requests_are_refused_by_name_before_any_work(model, prompts, params
 def test_bad_samplers_are_refused(model, options, message):
     with pytest.raises(UserError, match=message):
         Sampler(model, **options)
+
+
+def test_the_page_names_every_parameter():
+    page = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| `SamplingParams` \|.*?\n\n", page, re.MULTILINE | re.DOTALL)
+    named = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert named == {field.name for field in fields(SamplingParams)}

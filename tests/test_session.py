@@ -2,6 +2,7 @@
 
 import logging
 import random
+import resource
 import threading
 from dataclasses import replace
 
@@ -403,6 +404,17 @@ def test_the_pool_is_what_is_needed_or_half_of_what_is_free(model, monkeypatch, 
     assert sampler.memory.pool.blocks == blocks
     assert (sampler.preemptions > 0) == (blocks < 60)
     assert tokens_of(groups) == tokens_of(Sampler(model).sample([[1] * 20], SamplingParams(n=4, max_tokens=40)))
+
+
+def test_a_large_pool_takes_no_memory_before_it_is_used(model):
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    sampler = Sampler(model, kv_blocks=1 << 16)
+    before = resident()
+    sampler.sample([[1] * 40], SamplingParams(max_tokens=9))
+    assert sampler.memory.bytes == 1 << 28 and resident() - before < 1 << 26
 
 
 def test_a_session_serves_any_length_from_a_pool_that_does_not_grow(model):
