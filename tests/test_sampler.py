@@ -577,5 +577,5 @@ def test_bad_samplers_are_refused(model, options, message):
 def test_the_page_names_every_parameter():
     page = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^\| `SamplingParams` \|.*?\n\n", page, re.MULTILINE | re.DOTALL)
-    named = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    named = {name for line in table.strip().splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert named == {field.name for field in fields(SamplingParams)}
