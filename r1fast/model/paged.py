@@ -34,7 +34,10 @@ class PagedStep:
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
-    """The cache: `keys` and `values`, each [layers, blocks, block_size, kv_heads, head_dim], in the model's dtype."""
+    """The cache: `keys` and `values`, each [layers, blocks + 1, block_size, kv_heads, head_dim], in the model's dtype.
+
+    The last block is nobody's: where a step carries rows along that have nothing to say, they write there.
+    """
 
     keys: Tensor
     values: Tensor
@@ -48,7 +51,7 @@ class PagedKV:
         On a CPU the system gives zeroed pages as they are first used, so a large cache costs what is written into it (1
         GiB from torch.zeros: 0.7 s, and all of it resident).
         """
-        shape = (config.layers, blocks, block_size, config.kv_heads, config.head_dim)
+        shape = (config.layers, blocks + 1, block_size, config.kv_heads, config.head_dim)
         if torch.device(device).type == "cpu":
             whole = {8: np.int64, 4: np.int32, 2: np.int16, 1: np.int8}[dtype.itemsize]
             return cls(*(torch.from_numpy(np.zeros(shape, whole)).view(dtype) for _ in range(2)))
@@ -61,7 +64,13 @@ class PagedKV:
 
     @property
     def blocks(self) -> int:
-        return self.keys.shape[1]
+        """That sequences can have: block numbers are below it."""
+        return self.keys.shape[1] - 1
+
+    @property
+    def scratch_slot(self) -> int:
+        """Where a row without a sequence writes."""
+        return self.blocks * self.block_size
 
     @property
     def block_size(self) -> int:

@@ -233,19 +233,15 @@ class RunningBatch:
         names = ("seed", "key", "length", "temperature", "top_k", "top_p")
         return self.on_device(tensor[name][first:] if first else tensor[name] for name in names)
 
-    def forbidden(self, first: int) -> tuple[Tensor, Tensor] | None:
-        """(rows, tokens), int64 each, counted from row `first` on: the stop tokens of those that must not stop yet."""
+    def waiting(self, first: int) -> Tensor | None:
+        """bool [rows from `first` on]: those that must not stop yet; None where there is none."""
         if not self._some_wait:
             return None
         waits = self.view["drawn"] < self.view["min_tokens"]
         if not waits.any():
             self._some_wait = False
             return None
-        stops = self.stop_ids[first:]
-        rows, columns = (waits[first:, None] & (stops >= 0)).nonzero()
-        if not len(rows):
-            return None
-        return tuple(self.on_device((torch.from_numpy(rows), torch.from_numpy(stops[rows, columns]))))
+        return torch.from_numpy(waits[first:]) if waits[first:].any() else None
 
     def record(self, first: int, drawn: Drawn) -> list[int]:
         """Store what the rows from `first` on have drawn; returns those rows that are finished by it."""

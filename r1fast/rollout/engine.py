@@ -111,16 +111,24 @@ class StepEngine:
 
 
 def forbid_stops(logits: Tensor, batch: RunningBatch, first: int) -> Tensor | None:
-    """Take the stop tokens from the rows that have not drawn their min_tokens yet: -inf, in place.
-
-    logits: float32 [rows, V] of the batch's rows from `first` on. Returns float32 [rows], what to add to the
-    `logprob_full` of the tokens drawn so that it is the model's own again; None where nothing is taken.
-    """
-    taken = batch.forbidden(first)
-    if taken is None:
+    """Take the stop tokens from the batch's rows from `first` on that have not drawn their min_tokens yet; see
+    `take_stops`. None where nothing is taken."""
+    waits = batch.waiting(first)
+    if waits is None:
         return None
-    temperature = next(batch.on_device([batch.tensor["temperature"][first:]]))
+    arrays = (waits, torch.from_numpy(batch.stop_ids[first:]), batch.tensor["temperature"][first:])
+    return take_stops(logits, *batch.on_device(arrays))
+
+
+def take_stops(logits: Tensor, waits: Tensor, stop_ids: Tensor, temperature: Tensor) -> Tensor:
+    """-inf, in place, for the stop tokens of the rows that wait; no host is asked, so that a graph may contain it.
+
+    logits: float32 [rows, V]. waits: bool [rows]. stop_ids: int64 [rows, S], -1 for none. temperature: float32 [rows].
+    Returns float32 [rows], what to add to the `logprob_full` of the tokens drawn so that it is the model's own again.
+    """
     scale = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
     before = torch.logsumexp(logits / scale, -1)
-    logits[taken] = -torch.inf
+    for ids in stop_ids.split(1, 1):  # one by one: where there is none, a -1 rewrites what token 0 has by now
+        place = ids.clamp(min=0)
+        logits.scatter_(1, place, torch.where(waits[:, None] & (ids >= 0), -torch.inf, logits.gather(1, place)))
     return torch.logsumexp(logits / scale, -1) - before

@@ -31,9 +31,10 @@ from r1fast.config import UserError
 from r1fast.heap import keep_freed_memory
 from r1fast.model.decoder import Decoder
 from r1fast.rollout.batch import RunningBatch
-from r1fast.rollout.engine import Engine, StepEngine
+from r1fast.rollout.engine import Engine
 from r1fast.rollout.events import Drew, Event, GroupDone
 from r1fast.rollout.exact import ExactEngine
+from r1fast.rollout.graphs import engine_for
 from r1fast.rollout.memory import KVMemory
 from r1fast.rollout.params import Reader, SamplingParams, as_params, as_prompts, stop_tokens
 from r1fast.rollout.session import Open, Session
@@ -66,8 +67,8 @@ class Sampler:
     ):
         """max_seqs: sequences that decode together. kv_blocks: of the cache; None sizes it by the call and by what is
         free (memory.py). prefill_tokens: most prompt tokens forwarded in one step. tokenizer: for stop strings alone.
-        engine: what computes the steps; a StepEngine where None. exact: bit-identical log-probabilities whatever else
-        is in the batch, at a price (exact.py), with an engine of its own.
+        engine: what computes the steps; the device's own (graphs.py) where None. exact: bit-identical log-probabilities
+        whatever else is in the batch, at a price (exact.py), with an engine of its own.
 
         Raises UserError for sizes below 1 or an eos token outside the vocabulary.
         """
@@ -85,7 +86,7 @@ class Sampler:
         self.max_seqs, self.block_size, self.prefill_tokens = max_seqs, block_size, prefill_tokens
         if exact and engine is not None:
             raise UserError("sampler: exact comes with an engine of its own; give one of the two")
-        self.engine: Engine = engine or (ExactEngine if exact else StepEngine)(model)
+        self.engine: Engine = engine or (ExactEngine if exact else engine_for)(model)
         self.memory = KVMemory(model, block_size, kv_blocks)
         self.preemptions = 0  # in the last call
         self.found_tokens = 0  # prompt tokens of the last call that were in the cache already
