@@ -73,8 +73,8 @@ class KVMemory:
 
     @property
     def bytes(self) -> int:
-        """Of the cache's tensors."""
-        return 0 if self.kv is None else 2 * self.kv.keys.numel() * self.kv.keys.element_size()
+        """Of the blocks that sequences can have."""
+        return 0 if self.kv is None else 2 * self.kv.keys[:, : self.kv.blocks].nbytes
 
 
 class WeightsWatch:
