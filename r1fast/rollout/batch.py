@@ -78,6 +78,7 @@ class RunningBatch:
         self.sequences: list[Running] = []
         self._places = list(range(self.rows))  # free rows of the store
         self._some_wait = False  # whether a row may have min_tokens still to draw
+        self._reserved = False  # whether a row may have a block for tokens further ahead
         self._resized()
 
     def reserve(self, width: int, longest: int) -> None:
@@ -201,6 +202,7 @@ class RunningBatch:
         held = capacity[rows]
         self._table[rows, held // block] = blocks
         full = self._arrays["length"][rows] == held  # else the block is for tokens further ahead
+        self._reserved |= not full.all()
         self._arrays["slot"][rows[full]] = blocks[full] * block
         capacity[rows] = held + block
         self.changes += 1
@@ -212,10 +214,12 @@ class RunningBatch:
         inputs = (tensor["token"], tensor["length"], tensor["slot"], self.table, tensor["context"])
         return PagedStep(*self.on_device(inputs))
 
-    def advance(self, counts: NDArray[np.int64] | None = None) -> None:
+    def advance(self, counts: NDArray[np.int64] | int | None = None) -> None:
         """The keys and values of the step's tokens are in the cache: `counts` [size] of each row, None for one each."""
         int64, int32, _ = self._packed
         size = self.size
+        if counts is None and self._reserved:
+            counts = 1  # the next slot may be in a block that the row has already
         if counts is None:
             int64[:2, :size] += 1  # length and slot
             int32[:1, :size] += 1  # context

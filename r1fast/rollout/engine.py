@@ -14,12 +14,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from r1fast.model.decoder import Decoder
 from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.rollout.batch import Drawn, RunningBatch
 from r1fast_kernels import sample_token
+from r1fast_kernels.sample_token import SampledToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,21 @@ class StepEngine:
         self._batch.advance()
         return self._draw(self.logits(hidden), 0)
 
+    @torch.inference_mode()
+    def draw_at(self, row: NDArray[np.int64], offset: NDArray[np.int64], tokens: NDArray[np.int64]) -> Drawn:
+        """What follows tokens that are tried out: of row `row[i]` of the batch `tokens[i]`, `offset[i]` places past its
+        length. Each [T]; a row's offsets rise from 0, and there is room for them. One token for each; none is recorded.
+        """
+        batch, size = self._batch, self._batch.block_size
+        position = batch.view["length"][row] + offset
+        table = batch.table.numpy()[row]
+        slot = table[np.arange(len(row)), position // size].astype(np.int64) * size + position % size
+        arrays = (tokens, position, slot, table, (position + 1).astype(np.int32))
+        step = PagedStep(*batch.on_device(map(torch.from_numpy, arrays)))
+        noise = [batch.view[name][row] for name in ("seed", "key", "temperature", "top_k", "top_p")]
+        noise.insert(2, position + 1)
+        return as_drawn(sample_token(self.logits(self.hidden(step)), *batch.on_device(map(torch.from_numpy, noise))))
+
     def hidden(self, step: PagedStep) -> Tensor:
         """[T, H] of a step's tokens, whose keys and values are then in the cache."""
         return self.model.forward_paged(step, self._kv)
@@ -105,9 +122,13 @@ class StepEngine:
     def _draw(self, logits: Tensor, first: int) -> Drawn:
         correction = forbid_stops(logits, self._batch, first)
         drawn = sample_token(logits, *self._batch.noise(first))
-        full = drawn.logprob_full if correction is None else drawn.logprob_full + correction
-        token, logprob, full = (x.cpu().numpy()[:, None] for x in (drawn.token, drawn.logprob, full))
-        return Drawn(token, logprob, full, np.ones(len(token), np.int64))
+        return as_drawn(drawn if correction is None else drawn._replace(logprob_full=drawn.logprob_full + correction))
+
+
+def as_drawn(drawn: SampledToken) -> Drawn:
+    """One token a row, on the host."""
+    token, logprob, full = (x.cpu().numpy()[:, None] for x in drawn)
+    return Drawn(token, logprob, full, np.ones(len(token), np.int64))
 
 
 def forbid_stops(logits: Tensor, batch: RunningBatch, first: int) -> Tensor | None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from r1fast.model.decoder import Decoder
@@ -69,17 +71,28 @@ class DeviceRows:
 
     def load(self, batch: RunningBatch) -> None:
         """The batch's rows as the host has them; all others are dead."""
-        size, tensor = batch.size, batch.tensor
-        self._int64[:, :size] = torch.stack([tensor[name] for name in _INT64]).to(self._int64.device)
-        self._float32[:, :size] = torch.stack([tensor[name] for name in _FLOAT32]).to(self._int64.device)
-        self._top_k[:size] = tensor["top_k"].to(self._int64.device)
-        self._table[:size, : batch.table.shape[1]] = batch.table.to(self._int64.device)
-        stop_ids = torch.from_numpy(batch.stop_ids)
+        self._load(batch.tensor, batch.table, torch.from_numpy(batch.stop_ids))
+
+    def load_tried(
+        self, batch: RunningBatch, row: NDArray[np.int64], offset: NDArray[np.int64], tokens: Tensor
+    ) -> None:
+        """Rows for one step of tokens that are tried out: see StepEngine.draw_at."""
+        index = torch.from_numpy(row)
+        fields = {name: batch.tensor[name][index] for name in (*_INT64, *_FLOAT32, "top_k")}
+        fields["token"], fields["length"] = tokens, fields["length"] + torch.from_numpy(offset)
+        self._load(fields, batch.table[index], torch.full((len(row), 0), -1))
+
+    def _load(self, fields: dict[str, Tensor], table: Tensor, stop_ids: Tensor) -> None:
+        size, device = len(table), self._int64.device
+        self._int64[:, :size] = torch.stack([fields[name] for name in _INT64]).to(device)
+        self._float32[:, :size] = torch.stack([fields[name] for name in _FLOAT32]).to(device)
+        self._top_k[:size] = fields["top_k"].to(device)
+        self._table[:size, : table.shape[1]] = table.to(device)
+        self._table[size:, 0] = 0
         self._stop_ids.fill_(-1)
-        self._stop_ids[:size, : stop_ids.shape[1]] = stop_ids.to(self._int64.device)
+        self._stop_ids[:size, : stop_ids.shape[1]] = stop_ids.to(device)
         self._alive[:size] = True
         self._alive[size:] = False
-        self._table[size:, 0] = 0
 
     def park(self) -> None:
         """No row is alive: a step changes nothing but the scratch block. `load` brings them back."""
@@ -164,14 +177,27 @@ class GraphEngine(StepEngine):
         if self._seen != batch.changes:
             rows.load(batch)
             self._seen = batch.changes
-        for _ in range(steps):
-            if graph is None:
-                rows.step(self.model, self._kv, *shape)
-            else:
-                graph.replay()
+        self._run(graph, steps, shape)
         drawn = rows.take(steps, size)
         batch.advance(drawn.counts)
         return drawn
+
+    @torch.inference_mode()
+    def draw_at(self, row: NDArray[np.int64], offset: NDArray[np.int64], tokens: NDArray[np.int64]) -> Drawn:
+        shape = bucket(len(row)), columns_for(self._batch.table.shape[1]), False
+        rows = self._room(*shape[:2])
+        graph = self._graph(shape)
+        rows.load_tried(self._batch, row, offset, torch.from_numpy(tokens))
+        self._seen = -1
+        self._run(graph, 1, shape)
+        return rows.take(1, len(row))
+
+    def _run(self, graph: torch.cuda.CUDAGraph | None, steps: int, shape: tuple[int, int, bool]) -> None:
+        for _ in range(steps):
+            if graph is None:
+                self._rows.step(self.model, self._kv, *shape)
+            else:
+                graph.replay()
 
     def _room(self, rows: int, columns: int) -> DeviceRows:
         """The rows on the device; new ones, and new graphs, where the old ones are too small or their cache is gone."""
@@ -179,7 +205,7 @@ class GraphEngine(StepEngine):
         stops = batch.stop_ids.shape[1]
         if self._rows is None or not self._rows.fits(rows, columns, stops, self.ahead):
             old = self._rows
-            room = (bucket(batch.rows), columns_for(batch.width), stops, self.ahead)
+            room = (max(rows, bucket(batch.rows)), columns_for(batch.width), stops, self.ahead)
             if old is not None:
                 room = tuple(map(max, room, (old.rows, old.columns, old.stops, old.steps)))
             self._forget()
@@ -224,8 +250,3 @@ class GraphEngine(StepEngine):
             self._rows.step(self.model, self._kv, *shape)
         self._rows.take(1, 1)
         return graph
-
-
-def engine_for(model: Decoder) -> StepEngine:
-    """What decodes fastest on the model's device."""
-    return GraphEngine(model) if model.device.type == "cuda" else StepEngine(model)

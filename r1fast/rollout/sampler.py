@@ -34,10 +34,10 @@ from r1fast.rollout.batch import RunningBatch
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.events import Drew, Event, GroupDone
 from r1fast.rollout.exact import ExactEngine
-from r1fast.rollout.graphs import engine_for
 from r1fast.rollout.memory import KVMemory
 from r1fast.rollout.params import Reader, SamplingParams, as_params, as_prompts, stop_tokens
 from r1fast.rollout.session import Open, Session
+from r1fast.rollout.speculation import Acceptance, engine_for
 from r1fast.types import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Sampler:
     ):
         """max_seqs: sequences that decode together. kv_blocks: of the cache; None sizes it by the call and by what is
         free (memory.py). prefill_tokens: most prompt tokens forwarded in one step. tokenizer: for stop strings alone.
-        engine: what computes the steps; the device's own (graphs.py) where None. exact: bit-identical log-probabilities
-        whatever else is in the batch, at a price (exact.py), with an engine of its own.
+        engine: what computes the steps; the device's own (speculation.py) where None. exact: bit-identical
+        log-probabilities whatever else is in the batch, at a price (exact.py), with an engine of its own.
 
         Raises UserError for sizes below 1 or an eos token outside the vocabulary.
         """
@@ -173,6 +173,11 @@ class Sampler:
         most half of the free memory.
         """
         return self._begin(-(-self.model.config.max_positions // self.block_size), self.max_seqs, 1)
+
+    @property
+    def acceptance(self) -> Acceptance | None:
+        """How many tokens of the last call were guessed, and how many were right; None: the engine guesses none."""
+        return getattr(self.engine, "acceptance", None)
 
     def cancel(self) -> None:
         """End the call that is running, from any thread, with its next step: `sample` returns what is done and None for

@@ -220,6 +220,17 @@ class GRPOStageRun:
         drawn = self.draw(step - 1)
         return self.report(step, drawn, self.learn(drawn.groups))
 
+    def _drafts(self) -> dict[str, Any]:
+        """Of the last call of the sampler: guessed tokens, how many were right, and the steps it took."""
+        told = self.sampler.acceptance
+        if told is None:
+            return {}
+        return {
+            "draft_tokens": told.drafted,
+            "draft_acceptance": told.rate,
+            "decode_steps": told.steps + told.plain_steps,
+        }
+
     def report(self, step: int, drawn: Drawn, update) -> dict[str, Any]:
         rollouts = [r for g in drawn.sampled for r in g.rollouts]
         kinds = sorted({kind for r in rollouts for kind in r.rewards})
@@ -258,6 +269,7 @@ class GRPOStageRun:
             grad_norm=update.grad_norm,
             loss=update.loss,
             learning_rate=update.learning_rate,
+            **self._drafts(),
             logprob_difference_mean=update.logprob_difference_mean,
             logprob_difference_max=update.logprob_difference_max,
             old_logprobs=update.old_logprobs,
