@@ -1,8 +1,13 @@
-"""What `auto` means on this machine: the one place where a device and a dtype are chosen."""
+"""What `auto` means on this machine: the one place where a device and a dtype are chosen, and its free memory read."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from r1fast.config import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def choose_device(asked: str) -> str:
@@ -21,3 +26,17 @@ def choose_dtype(asked: str, device: str) -> str:
     if asked != "auto":
         return asked
     return "bfloat16" if device == "cuda" else "float32"
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that a new allocation on `device` could take."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: assume a small machine
+        return 4 << 30

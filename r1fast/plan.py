@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1fast.check import Unread, check, encoder, root
+from r1fast.device import free_memory
 from r1fast.graph import data_sources, edges, order
+from r1fast.learn.memory import Asked, Memory, TrainingPlan, cache_bytes, plan_training, readable_bytes
 from r1fast.recipe import resolve_device
 
 if TYPE_CHECKING:
@@ -23,20 +25,6 @@ _TYPICAL = 256  # problems of a task whose prompts are encoded for its mean prom
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes, estimated. Weights count every model held at once: policy, frozen reference, reward model."""
-
-    weights: float = 0.0
-    training: float = 0.0  # gradients and Adam's two moments, in the weights' precision
-    cache: float = 0.0  # keys and values of all sequences that decode together, at their longest
-    activations: float = 0.0  # of one micro-batch, kept for the backward pass
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.training + self.cache + self.activations
-
-
-@dataclass(frozen=True, slots=True)
 class StagePlan:
     """One line of the plan. Counts are upper bounds where a stage decides as it goes; None: not known yet."""
 
@@ -46,22 +34,23 @@ class StagePlan:
     work: str
     tokens: float | None
     memory: Memory | None
+    training: TrainingPlan | None = None  # None where nothing is trained
 
 
 def plan(recipe: RecipeConfig) -> list[StagePlan]:
     """The plan of every stage, in the order they would run; raises UserError for what `run` would raise at once, except
     that model.path and data may be missing yet (what depends on them is then unknown)."""
     tasks = check(recipe, need_inputs=False)
-    _, dtype = resolve_device(recipe)
-    planner = _Planner(recipe, tasks, 2 if dtype == "bfloat16" else 4)
+    planner = _Planner(recipe, tasks, *resolve_device(recipe))
     return [planner.stage(name) for name in order(recipe)]
 
 
 class _Planner:
     """Estimates that several stages share, computed once: prompt lengths, model shapes, row counts."""
 
-    def __init__(self, recipe: RecipeConfig, tasks: Mapping[str, Task], width: int):
-        self.recipe, self.tasks, self.width = recipe, tasks, width
+    def __init__(self, recipe: RecipeConfig, tasks: Mapping[str, Task], device: str, dtype: str):
+        self.recipe, self.tasks, self.device = recipe, tasks, device
+        self.width, self.free = 2 if dtype == "bfloat16" else 4, free_memory(device)
         self._prompts: dict[tuple[str, str], float] = {}
         self._shapes: dict[str, tuple[DecoderConfig, int] | None] = {}
         self._edges = edges(recipe)
@@ -69,7 +58,7 @@ class _Planner:
     def stage(self, name: str) -> StagePlan:
         stage = self.recipe.stages[name]
         work, tokens = getattr(self, f"_{stage.kind}")(name, stage)
-        return StagePlan(name, stage.kind, self._reads(name, stage), work, tokens, self._memory(name, stage))
+        return StagePlan(name, stage.kind, self._reads(name, stage), work, tokens, *self._memory(name, stage))
 
     def _reads(self, name: str, stage: Stage) -> str:
         start = getattr(stage, "from_", None)
@@ -149,27 +138,38 @@ class _Planner:
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
-    def _memory(self, name: str, stage: Stage) -> Memory | None:
+    def _memory(self, name: str, stage: Stage) -> tuple[Memory | None, TrainingPlan | None]:
+        """As the stage itself will find them (stages/fitting.py), where the machine is as free then as it is now."""
         shape = self._shape(root(self.recipe, name))
         if shape is None:
-            return None
+            return None, None
         config, parameters = shape
-        weights, one = 1, parameters * self.width
-        trained = stage.kind not in ("reject", "evaluate")
+        models, longest = 1, self.recipe.model.max_length
         if stage.kind == "grpo":
-            weights += (stage.objective.kl_coef > 0) + (stage.reward_model is not None)
-        samples = stage.kind in ("grpo", "reject", "evaluate") or stage.evaluate
-        row = 2 * config.layers * config.kv_heads * config.head_dim * self.width
+            models += (stage.objective.kl_coef > 0) + (stage.reward_model is not None)
+        weights = models * parameters * self.width
         sequences = SAMPLER_SEQUENCES
         if stage.kind == "grpo" and not stage.evaluate:
             sequences = min(sequences, stage.prompts_per_step * stage.group_size)
-        batch = getattr(stage, "micro_batch_tokens", getattr(stage, "batch_tokens", 0))
-        return Memory(
-            weights=weights * one,
-            training=3 * one if trained else 0.0,
-            cache=sequences * self.recipe.model.max_length * row if samples else 0.0,
-            activations=batch * activation_values(config) * self.width if trained else 0.0,
+        samples = stage.kind in ("grpo", "reject", "evaluate") or stage.evaluate
+        cache = cache_bytes(config, sequences, longest, self.width) if samples else 0.0
+        if stage.kind in ("reject", "evaluate"):
+            return Memory(weights=weights, cache=cache), None
+        tokens = getattr(stage, "micro_batch_tokens", getattr(stage, "batch_tokens", None))
+        states = stage.optimizer.states
+        asked = Asked(tokens, getattr(stage, "recompute", False), None if states == "auto" else states)
+        found = plan_training(
+            config,
+            asked,
+            trained=parameters,
+            width=self.width,
+            free=self.free - weights,
+            device=self.device,
+            longest=longest,
+            cache=cache,
+            weights=weights,
         )
+        return found.memory, found
 
     def _shape(self, start: str) -> tuple[DecoderConfig, int] | None:
         """(configuration, parameters) of the models that descend from `start`."""
@@ -203,23 +203,7 @@ def parameter_count(config: DecoderConfig) -> int:
     return sum(p.numel() for p in Decoder(config, "meta", torch.float32).parameters())
 
 
-def activation_values(config: DecoderConfig) -> int:
-    """Values kept for the backward pass, per token: in each layer the residual stream and its norm before attention and
-    before the MLP (4 H), q, k, v and the attention's output, the MLP's two halves and their product (3 I); logits are
-    never kept. An estimate: what a backend fuses is not kept, what it needs besides is not counted."""
-    attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
-    return config.layers * (4 * config.hidden_size + attention + 3 * config.intermediate_size)
-
-
 # -- printing -----------------------------------------------------------------------------------------------------
-
-
-def readable_bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def readable_count(count: float | None) -> str:
@@ -255,6 +239,10 @@ def print_plan(recipe: RecipeConfig, out: str) -> None:
         tokens = readable_count(row.tokens)
         grid.add_row(row.name, row.kind, row.reads, row.work, tokens, *parts)
     console.print(grid)
+    for row in stages:
+        found = row.training
+        if found is not None and (not found.fits or found.recompute or found.states == "bfloat16"):
+            console.print(f"{row.name}: {found.told()}")
     console.print(
         "tokens: at most, prompts and completions at their longest; memory: an estimate, at its greatest. Nothing was "
         "written."

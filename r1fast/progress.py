@@ -144,6 +144,9 @@ class PlainProgress:
         if self._state is not None:
             self._state.note = text
 
+    def tell(self, text: str) -> None:
+        self._say(f"  {text}")
+
     def warn(self, text: str) -> None:
         self._say(f"! {text}")
 
@@ -188,6 +191,9 @@ class LiveProgress:
     def note(self, text: str) -> None:
         if self._state is not None:
             self._state.note = text
+
+    def tell(self, text: str) -> None:
+        self._console.print(Text(f"  {text}", style="dim"))
 
     def warn(self, text: str) -> None:
         self._console.print(Text.assemble(("! ", "yellow"), text))
@@ -238,7 +244,7 @@ class NoProgress:
     def _nothing(self, *_, **__) -> None:
         pass
 
-    stage = update = note = finish = _nothing
+    stage = update = note = tell = finish = _nothing
 
     def warn(self, text: str) -> None:
         print(f"! rank {self._rank}: {text}", file=sys.stderr, flush=True)

@@ -159,7 +159,8 @@ class SFTStage(StageBase):
     data: list[DataSource]
     epochs: PositiveFloat = 2
     batch_examples: PositiveInt = 128
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: PositiveInt | None = None
+    recompute: bool | None = None
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5, schedule="cosine", final=0.1)
 
 
@@ -180,7 +181,8 @@ class GRPOStage(StageBase):
     sampling: SamplingConfig = SamplingConfig()
     mini_batches: PositiveInt = 1  # optimizer steps per epoch over one set of rollouts (R1: 16)
     epochs: PositiveInt = 1
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: PositiveInt | None = None  # None: what the memory plan finds (r1fast/learn/memory.py)
+    recompute: bool | None = None  # activations, in the backward pass; None: where memory asks for it
     share_prompts: Literal["auto", "always", "never"] = "auto"  # forward a group's prompt once: where it saves enough
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-6)
@@ -223,7 +225,8 @@ class RewardModelStage(StageBase):
     pairs: PositiveInt = 1500
     epochs: PositiveFloat = 1
     batch_pairs: PositiveInt = 64
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: PositiveInt | None = None
+    recompute: bool | None = None
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=6e-6)
     evaluate: bool = False
 

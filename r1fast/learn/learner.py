@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from r1fast.learn.masters import Masters
 from r1fast.learn.optimizer import Schedule, build_optimizer
+from r1fast.learn.packing import Row, pack
 from r1fast.learn.policy import train_policy
+from r1fast.learn.room import Room, merge_losses
 from r1fast.model.decoder import Decoder
 from r1fast.parallel import world
 from r1fast.types import StepStats
@@ -42,8 +45,19 @@ class Accumulated:
 class Learner:
     """Trains `model` in place for `total_steps` optimizer steps (the schedule's length; more run at its last rate)."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        total_steps: int,
+        micro_batch_tokens: int = 16384,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """micro_batch_tokens: of a micro-batch at most, for whoever packs. warn: told what the person who waits should
+        know, as when memory runs out."""
         self.model, self.config = model, config
+        self.micro_batch_tokens = micro_batch_tokens  # kept with the state: other sums would have other bits
+        self.room = Room(model, warn)
         self.schedule = Schedule(config, total_steps)
         trained = [p for p in model.parameters() if p.requires_grad]
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in trained)
@@ -62,16 +76,18 @@ class Learner:
     def accumulate(self, batches: Sequence[PackedBatch], loss: Loss) -> Accumulated:
         """Zeroes the gradient and adds that of every micro-batch. The weights stay as they are.
 
-        Of several ranks each takes a share of the micro-batches; gradients and what was told are then everybody's."""
-        self.optimizer.zero_grad(set_to_none=True)
+        Of several ranks each takes a share of the micro-batches; gradients and what was told are then everybody's.
+        Where memory runs out, in smaller ones (room.py)."""
+        self._forget()
         costs = [batch.tokens.shape[0] for batch in batches]
 
+        def work(batch: PackedBatch) -> tuple[Tensor, BatchStats | None]:
+            value, told = loss(self.model, batch)
+            value.backward()
+            return value.detach(), told
+
         def share(own: list[PackedBatch]) -> list[tuple[Tensor, BatchStats | None]]:
-            found = []
-            for batch in own:
-                value, told = loss(self.model, batch)
-                value.backward()
-                found.append((value.detach(), told))
+            found = self.room.each(own, work, merge_losses, undo=self._forget)
             return found if world().size == 1 else [_moved(one, "cpu") for one in found]
 
         found = world().map(batches, share, costs)
@@ -79,6 +95,22 @@ class Learner:
             world().add(self._gradients())
             found = [_moved(one, self.parameters[0].device) for one in found]
         return Accumulated([value for value, _ in found], [told for _, told in found], sum(costs))
+
+    def rehearse(self, longest: int, loss: Loss) -> None:
+        """The largest micro-batch there can be, of rows of `longest` tokens, forward and backward: if memory is to run
+        out, it does so now. Changes nothing but what `room` knows."""
+        tokens = [0] * longest
+        streams = {"old_logprobs": [0.0] * (longest - 1), "ref_logprobs": [0.0] * (longest - 1)}
+        rows = [Row(tokens, 1, advantage=1.0, **streams)] * max(1, self.micro_batch_tokens // (longest - 1))
+        batches = pack(rows, np.full(len(rows), 1.0), max(self.micro_batch_tokens, longest), self.model.device)
+        self.accumulate(batches[:1] * world().size, loss)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The gradient is none."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.model.parameters():  # half weights, whose gradients backward was about to hand to their masters
+            p.grad = None
 
     def apply(self, step: Accumulated) -> StepStats:
         """Clips and steps, unless something is not finite: then the step is counted as skipped and nothing changes.
@@ -137,6 +169,8 @@ class Learner:
             "steps": self.steps,
             "skipped": self.skipped,
             "total_steps": self.schedule.total_steps,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "limit": self.room.limit,
             **({} if self.masters is None else self.masters.state_dict()),
         }
 
@@ -149,6 +183,7 @@ class Learner:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self.micro_batch_tokens, self.room.limit = state["micro_batch_tokens"], state["limit"]
         if self.masters is not None:
             self.masters.load_state_dict(state)
 

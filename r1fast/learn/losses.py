@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from r1fast.learn.room import Room
 from r1fast.parallel import world
 from r1fast_kernels import grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
 
@@ -73,12 +74,18 @@ def cross_entropy_loss(model: Decoder, batch: PackedBatch) -> tuple[Tensor, None
 
 
 @torch.no_grad()
-def log_probs(model: Decoder, batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[Tensor]:
+def log_probs(
+    model: Decoder, batches: Sequence[PackedBatch], temperature: float = 1.0, room: Room | None = None
+) -> list[Tensor]:
     """Of each batch, the log-probs of its targets under `model`: float32 [N], nats. For the recomputed old policy and
-    the reference. Of several ranks each does a share."""
+    the reference. Of several ranks each does a share. `room`: what fits, where that is known."""
+    room = room or Room(model)
+
+    def work(batch: PackedBatch) -> Tensor:
+        return linear_logprob(trained_hidden(model, batch), model.head_weight, batch.targets, temperature)[0]
 
     def share(own: list[PackedBatch]) -> list[Tensor]:
-        found = [linear_logprob(trained_hidden(model, b), model.head_weight, b.targets, temperature)[0] for b in own]
+        found = room.each(own, work, torch.cat)
         return found if world().size == 1 else [values.cpu() for values in found]
 
     return world().map(batches, share, [batch.tokens.shape[0] for batch in batches])

@@ -182,7 +182,8 @@ class _Update:
         return 1 - shared_tokens(live) / max(1, sum(row_lengths(live)))
 
     def _plan(self, rows: Sequence[Row]) -> list[list[int]]:
-        return plan_rows(rows, self.micro_batch_tokens, self.shared)
+        tokens = min(self.micro_batch_tokens, self.learner.room.limit or self.micro_batch_tokens)
+        return plan_rows(rows, tokens, self.shared)
 
     def _pack(self, rows: Sequence[Row], weights, device, order: list[list[int]]) -> list[PackedBatch]:
         return pack(rows, weights, self.micro_batch_tokens, device, order, self.shared)
@@ -260,7 +261,7 @@ class _Update:
             rows = [Row(self.rows[i].tokens, self.rows[i].prompt_length, group=self.rows[i].group) for i in ids]
             order = self._plan(rows)
             batches = self._pack(rows, None, model.device, order)
-            return unpack(log_probs(model, batches, self.temperature), batches, order)
+            return unpack(log_probs(model, batches, self.temperature, self.learner.room), batches, order)
 
     def _measure(self, ids: Sequence[int], values: Sequence[np.ndarray]) -> None:
         gaps = np.abs(np.concatenate(values) - np.concatenate([np.asarray(self.rows[i].old_logprobs) for i in ids]))

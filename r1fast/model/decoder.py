@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from r1fast.model.decoder_config import DecoderConfig
 from r1fast.model.paged import PagedKV, PagedStep
@@ -88,6 +89,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.weights_version = 0
+        self.recompute = False  # keep only what enters each layer for the backward pass, and compute the rest again
         table = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.zeros(table, device=device, dtype=dtype))
         self.layers = nn.ModuleList(Layer(config, device, dtype) for _ in range(config.layers))
@@ -170,10 +172,19 @@ class Decoder(nn.Module):
         next_norms = [layer.input_norm for layer in layers[1:]] + [self.norm]
         residual = F.embedding(tokens, self.embedding)
         x = rms_norm(residual, layers[0].input_norm, eps)
-        for index, layer in enumerate(layers):
+
+        def block(index: int, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            layer = layers[index]
             x = layer.attention(index, x, cos, sin, positions, attend)
             x, residual = rms_norm(x, layer.post_norm, eps, residual=residual)
-            x, residual = rms_norm(layer.mlp(x), next_norms[index], eps, residual=residual)
+            return rms_norm(layer.mlp(x), next_norms[index], eps, residual=residual)
+
+        recompute = self.recompute and torch.is_grad_enabled()
+        for index in range(len(layers)):
+            if recompute:
+                x, residual = checkpoint(block, index, x, residual, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, residual = block(index, x, residual)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import logging
 
 import torch
 
+from r1fast.device import free_memory
 from r1fast.model.decoder import Decoder
 from r1fast.model.paged import PagedKV
 from r1fast.rollout.kv_cache import BlockPool
@@ -103,15 +104,3 @@ def weights_stamp(model: Decoder) -> bytes:
     content = torch.cat(probes).float().cpu().numpy().tobytes()
     seen = (WeightsWatch(model).version(), [p.data_ptr() for p in parameters])
     return hashlib.blake2b(repr(seen).encode() + content, digest_size=16).digest()
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation could take."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: assume a small machine
-        return 4 << 30

@@ -36,6 +36,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """What is going on where no steps are counted: loading, evaluating, saving."""
 
+    def tell(self, text: str) -> None:
+        """Something worth a line of its own that asks for nothing: what memory a stage will take."""
+
     def warn(self, text: str) -> None:
         """Something that the person should know and that must not be drawn over: a line of its own."""
 

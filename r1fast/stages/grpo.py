@@ -11,12 +11,13 @@ import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from r1fast.config import UserError
 from r1fast.learn.advantages import informative, overlong_penalty
-from r1fast.learn.learner import Learner
+from r1fast.learn.losses import policy_loss
 from r1fast.metrics import PhaseTimer
 from r1fast.model.weights import clone, copy_weights, save
 from r1fast.parallel import world
@@ -24,6 +25,7 @@ from r1fast.rewards.scoring import score
 from r1fast.stages.alarms import Alarms
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
+from r1fast.stages.fitting import announce, fit
 from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, start_model
 from r1fast.stages.journal import Journal
 from r1fast.stages.reward_model import PreferenceReward
@@ -78,9 +80,11 @@ class GRPOStageRun:
         stage: GRPOStage = ctx.stage
         self.model, self.tokenizer = start_model(ctx, stage.from_)
         self.sampler = sampler_for(self.model, self.tokenizer)
-        self.learner = Learner(self.model, stage.optimizer, stage.steps * stage.mini_batches * stage.epochs)
         self.reference = clone(self.model) if stage.objective.kl_coef > 0 else None
         self.preference = self._preference()
+        steps, together = stage.steps * stage.mini_batches * stage.epochs, stage.prompts_per_step * stage.group_size
+        together = min(together, self.sampler.max_seqs)
+        self.learner, self.plan = fit(ctx, self.model, self.model.config, steps, together)
         self.random = Random(ctx.seed)
         self.sources = [self._source(i, entry) for i, entry in enumerate(stage.mix)]
         if all(s.first_step > 0 for s in self.sources):
@@ -150,9 +154,7 @@ class GRPOStageRun:
 
         def draw(own: list[int]) -> list[RolloutGroup]:
             with self.timer("sample"):
-                groups = sample_texts(
-                    self.sampler, [prompts[i] for i in own], [params[i] for i in own], self.tokenizer
-                )
+                groups = sample_texts(self.sampler, [prompts[i] for i in own], [params[i] for i in own], self.tokenizer)
             with self.timer("score"):
                 return self._score(groups, [owner[i] for i in own])
 
@@ -207,7 +209,7 @@ class GRPOStageRun:
             logprob_bound=stage.logprob_bound,
             mini_batches=stage.mini_batches,
             epochs=stage.epochs,
-            micro_batch_tokens=stage.micro_batch_tokens,
+            micro_batch_tokens=self.learner.micro_batch_tokens,
             share_prompts=stage.share_prompts,
             temperature=stage.sampling.temperature,
             max_tokens=stage.sampling.max_tokens,
@@ -311,6 +313,7 @@ def run(ctx: StageContext) -> StageOutcome:
     loop = GRPOStageRun(ctx)
     stage: GRPOStage = ctx.stage
     ctx.progress.stage(ctx.name, "grpo", stage.steps)
+    announce(ctx, loop.learner, loop.plan, partial(policy_loss, objective=stage.objective, on_policy=True))
     if stage.evaluate_every and not loop.loop.done:
         loop.curve(0)
     for step in loop.loop:

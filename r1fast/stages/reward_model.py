@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from r1fast.learn.learner import Learner
 from r1fast.learn.preference import (
     pairwise_loss,
     pairwise_steps,
@@ -24,6 +23,7 @@ from r1fast.model.tokenizer import apply_templates, encode_completions
 from r1fast.model.weights import load_reward_model, save_reward_model
 from r1fast.rewards.layout import tagged_answer
 from r1fast.stages.context import StageOutcome
+from r1fast.stages.fitting import announce, fit
 from r1fast.stages.inputs import start_model
 from r1fast.stages.steps import Steps
 from r1fast.stages.supervised import SupervisedLog
@@ -101,12 +101,13 @@ def run(ctx: StageContext) -> StageOutcome:
     pairs = reading.pairs(task.preferences("train", stage.pairs, ctx.seed))
     held_out = reading.pairs(task.preferences("test", HELD_OUT, ctx.seed))
     steps = max(1, math.ceil(stage.epochs * len(pairs) / stage.batch_pairs))
-    learner = Learner(model, stage.optimizer, steps)
+    learner, plan = fit(ctx, model, policy.config, steps)
     ctx.progress.stage(ctx.name, "reward_model", steps)
+    announce(ctx, learner, plan)
     log, timer = SupervisedLog(ctx, steps), PhaseTimer()
     loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log}, timer)
     how = {"steps": steps, "first": loop.done, "seed": ctx.seed, "device": ctx.device}
-    how["micro_batch_tokens"] = stage.micro_batch_tokens
+    how["micro_batch_tokens"] = learner.micro_batch_tokens
     if stage.objective == "pairwise":
         loss, batches = pairwise_loss, pairwise_steps(pairs, batch_pairs=stage.batch_pairs, **how)
     else:

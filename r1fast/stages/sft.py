@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from r1fast.learn.learner import Learner
 from r1fast.learn.losses import cross_entropy_loss
 from r1fast.learn.packing import supervised_steps
 from r1fast.metrics import PhaseTimer
 from r1fast.model.weights import save
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import evaluate_stage
+from r1fast.stages.fitting import announce, fit
 from r1fast.stages.inputs import collect_examples, encode_examples, start_model
 from r1fast.stages.steps import Steps
 from r1fast.stages.supervised import SupervisedLog
@@ -28,8 +28,9 @@ def run(ctx: StageContext) -> StageOutcome:
     examples = collect_examples(ctx, stage.data, ctx.seed)
     rows, too_long = encode_examples(ctx, examples, tokenizer)
     steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch_examples))
-    learner = Learner(model, stage.optimizer, steps)
+    learner, plan = fit(ctx, model, model.config, steps)
     ctx.progress.stage(ctx.name, stage.kind, steps)
+    announce(ctx, learner, plan, cross_entropy_loss)
     log, timer = SupervisedLog(ctx, steps, every=max(1, steps // 150)), PhaseTimer()
     loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log}, timer)
     batches = supervised_steps(
@@ -37,7 +38,7 @@ def run(ctx: StageContext) -> StageOutcome:
         first=loop.done,
         steps=steps,
         batch_examples=stage.batch_examples,
-        micro_batch_tokens=stage.micro_batch_tokens,
+        micro_batch_tokens=learner.micro_batch_tokens,
         device=ctx.device,
         seed=ctx.seed,
     )

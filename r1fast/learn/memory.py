@@ -1,0 +1,137 @@
+"""What training needs of memory, by formula, and the settings that make it fit, chosen before the first step.
+
+The estimate counts what lasts through a backward pass: weights, gradients, the optimizer's states, the sampler's cache
+and the activations kept for one micro-batch. tests/test_memory.py holds the activations to what torch keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from r1fast.model.decoder_config import DecoderConfig
+
+States = Literal["float32", "bfloat16"]
+DEFAULT_TOKENS = {"cpu": 4096, "cuda": 16384}  # a micro-batch where nothing is asked: on a CPU it stays in the cache
+LEAST_TOKENS = 1024  # below it the products are too small for any device
+USED = 0.9  # share of the free memory that a plan may fill: estimates are not exact, allocators not tight
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes, estimated. Weights count every model held at once: policy, frozen reference, reward model."""
+
+    weights: float = 0.0
+    training: float = 0.0  # gradients, moments, float32 masters of half weights
+    cache: float = 0.0  # keys and values of all sequences that decode together, at their longest
+    activations: float = 0.0  # of one micro-batch, kept for the backward pass
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.training + self.cache + self.activations
+
+
+def activation_values(config: DecoderConfig, recompute: bool = False) -> int:
+    """Values kept for the backward pass, per token: in each layer the residual stream and its norm before attention and
+    before the MLP (4 H); q, k and v as projected, q and k as rotated, the attention's output; the MLP's two halves and
+    their product (3 I). With `recompute` only what enters each layer (2 H), and all of one layer at a time. Logits are
+    never kept. What a backend fuses is not kept, what it needs besides is not counted."""
+    attention = 3 * (config.heads + config.kv_heads) * config.head_dim
+    layer = 4 * config.hidden_size + attention + 3 * config.intermediate_size
+    return 2 * config.layers * config.hidden_size + layer if recompute else config.layers * layer
+
+
+def training_bytes(parameters: int, width: int, states: States = "float32") -> int:
+    """Of `parameters` trained ones in `width` bytes each: float32 gradients, both moments, and the float32 masters
+    behind half weights."""
+    return parameters * (4 + (4 if states == "bfloat16" else 8) + (4 if width < 4 else 0))
+
+
+def cache_bytes(config: DecoderConfig, sequences: int, length: int, width: int) -> int:
+    """Keys and values of `sequences` of `length` tokens."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * width * sequences * length
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the recipe says; None leaves the choice to the plan."""
+
+    micro_batch_tokens: int | None = None
+    recompute: bool | None = None
+    states: States | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """How a stage will train, and why."""
+
+    micro_batch_tokens: int
+    recompute: bool
+    states: States
+    memory: Memory
+    free: float  # bytes, before anything of training was allocated
+    fits: bool
+
+    @property
+    def needed(self) -> float:
+        """Bytes that are not taken yet."""
+        return self.memory.total - self.memory.weights
+
+    def told(self) -> str:
+        """One line for the person who waits."""
+        m = self.memory
+        parts = f"training {readable_bytes(m.training)}, cache {readable_bytes(m.cache)}, "
+        parts += f"activations {readable_bytes(m.activations)}"
+        how = f"micro-batches of {self.micro_batch_tokens:,} tokens"
+        how += ", activations recomputed" if self.recompute else ""
+        how += ", moments in bfloat16" if self.states == "bfloat16" else ""
+        found = f"memory: {how}; {readable_bytes(self.needed)} ({parts}) of {readable_bytes(self.free)} free"
+        return found if self.fits else f"{found}. This may not fit: lower model.max_length, or train adapters (lora)"
+
+
+def plan_training(
+    config: DecoderConfig,
+    asked: Asked,
+    *,
+    trained: int,
+    width: int,
+    free: float,
+    device: str,
+    longest: int,
+    cache: float = 0.0,
+    weights: float = 0.0,
+) -> TrainingPlan:
+    """The fastest settings that are estimated to fit; the smallest ones, with `fits` False, where none do.
+
+    Tried in the order of what they cost: smaller micro-batches (little, down to LEAST_TOKENS), recomputed activations
+    (a third more work), moments in bfloat16. What the recipe asks for is not touched.
+
+    trained: parameters with a gradient, held in `width` bytes. free: bytes, with all `weights` loaded. longest: tokens
+    of the longest row, which no micro-batch can be smaller than. cache: bytes the sampler will take.
+    """
+    most = asked.micro_batch_tokens or DEFAULT_TOKENS[device]
+    sizes = [most]
+    while asked.micro_batch_tokens is None and sizes[-1] // 2 >= max(LEAST_TOKENS, longest):
+        sizes.append(sizes[-1] // 2)
+    ways = [(states, recompute) for states in _choices(asked.states, "float32", "bfloat16")
+            for recompute in _choices(asked.recompute, False, True)]  # fmt: skip
+    for states, recompute in ways:
+        for tokens in sizes:
+            kept = max(tokens, longest) * activation_values(config, recompute) * width
+            memory = Memory(weights, training_bytes(trained, width, states), cache, kept)
+            if memory.total - weights <= USED * free:
+                return TrainingPlan(tokens, recompute, states, memory, free, True)
+    return TrainingPlan(tokens, recompute, states, memory, free, False)
+
+
+def _choices(asked, *possible):
+    return possible if asked is None else (asked,)
+
+
+def readable_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,62 @@
+"""What a stage's training takes of memory: chosen before its first step, said, and tried with the longest
+micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from r1fast.device import free_memory
+from r1fast.learn.learner import Learner
+from r1fast.learn.memory import Asked, TrainingPlan, cache_bytes, plan_training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from r1fast.learn.learner import Loss
+    from r1fast.model.decoder_config import DecoderConfig
+    from r1fast.schema import GRPOStage, RewardModelStage, SFTStage
+    from r1fast.stages.context import StageContext
+
+
+def fit(
+    ctx: StageContext, model: nn.Module, config: DecoderConfig, steps: int, sequences: int = 0
+) -> tuple[Learner, TrainingPlan]:
+    """A learner of `model`, a Decoder or one within another module, set up as its memory plan says.
+
+    steps: of the optimizer. sequences: that decode together at most. All models of the stage must be loaded: what is
+    still free is what there is.
+    """
+    stage: GRPOStage | SFTStage | RewardModelStage = ctx.stage
+    parameters = list(model.parameters())
+    width, free = parameters[0].element_size(), free_memory(ctx.device)
+    longest = ctx.recipe.model.max_length
+    states = stage.optimizer.states
+    plan = plan_training(
+        config,
+        Asked(stage.micro_batch_tokens, stage.recompute, None if states == "auto" else states),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        width=width,
+        free=free,
+        device=ctx.device,
+        longest=longest,
+        cache=min(cache_bytes(config, sequences, longest, width), free / 2),  # the sampler takes no more than half
+        weights=sum(p.nbytes for p in parameters),
+    )
+    for module in model.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = plan.recompute
+    optimizer = stage.optimizer.model_copy(update={"states": plan.states})
+    return Learner(model, optimizer, steps, plan.micro_batch_tokens, ctx.progress.warn), plan
+
+
+def announce(ctx: StageContext, learner: Learner, plan: TrainingPlan, loss: Loss | None = None) -> None:
+    """Says what the plan is; where memory is scarce, or a GPU's, runs the largest micro-batch of `loss` at once, so
+    that it is halved now and not in the tenth hour."""
+    (ctx.progress.tell if plan.fits else ctx.progress.warn)(plan.told())
+    told = {name: value for name, value in asdict(plan).items() if name != "memory"}
+    told |= {f"{name}_bytes": value for name, value in asdict(plan.memory).items()}
+    if ctx.resume is None:  # else the log has it already
+        ctx.log.event(event="memory", stage=ctx.name, **told)
+    if loss is not None and (ctx.device == "cuda" or 2 * plan.needed > plan.free):
+        learner.rehearse(ctx.recipe.model.max_length, loss)
