@@ -82,7 +82,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 
 def told(out: Path) -> list[dict]:
-    """The log without what a clock says, or the machine's memory; `resumed` is the one line that a whole run has not."""
+    """The log without what a clock says, or the machine's memory; a whole run has not the line `resumed`."""
     clocks = ("time", "seconds", "phase_seconds", "tokens_per_second", "free")
     rows = [{k: v for k, v in row.items() if k not in clocks} for row in read_events(out)]
     return [row for row in rows if row.get("status") != "resumed"]
