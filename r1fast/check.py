@@ -22,7 +22,7 @@ from r1fast.tasks.rows import RowTask
 if TYPE_CHECKING:
     from r1fast.tasks import Task
 
-MODEL_REWARD = "preference"  # the reward that asks the stage's reward model; all others are rules
+MODEL_REWARDS = {"preference": "reward_model", "safety": "safety_model"}  # reward -> the key that names who is asked
 _MADE = 256  # problems of a task that makes them; of a task that reads them, all are looked at
 _LONGEST = 64  # problems of a task, by characters, whose prompts are encoded to find the longest
 
@@ -167,14 +167,22 @@ def _rewards(recipe: RecipeConfig, name: str, tasks: Mapping[str, Task]) -> None
     if stage.kind == "reject":
         asked = [(reward, f"stages.{name}.require", stage.task) for reward in stage.require]
     for reward, place, task in asked:
-        if reward == MODEL_REWARD:
-            if getattr(stage, "reward_model", None) is None:
-                raise UserError(f"{place}: {MODEL_REWARD!r} asks a reward model; name its stage in reward_model")
+        if reward in MODEL_REWARDS:
+            key = MODEL_REWARDS[reward]
+            if getattr(stage, key, None) is None:
+                raise UserError(f"{place}: {reward!r} asks a reward model; name its stage in {key}")
+            if reward == "safety" and recipe.stages[stage.safety_model].objective != "pointwise":
+                raise UserError(
+                    f"stages.{name}.safety_model: {stage.safety_model!r} compares pairs; safety asks a model of single "
+                    f"responses, so set stages.{stage.safety_model}.objective=pointwise"
+                )
         elif reward == "accuracy":
             if tasks[task].verifier is None:
                 raise UserError(f"{place}: accuracy needs right answers, and the task {task!r} has none")
         else:
             _known_reward(reward, place)
+            if reward == "length" and tasks[task].verifier is None:
+                raise UserError(f"{place}: `length` rewards short right answers, and the task {task!r} has none")
             if reward == "language" and not all("language" in p.meta for p in tasks[task].problems("train", 1)):
                 raise UserError(f"{place}: the task {task!r} does not say its language; leave `language` out")
 
@@ -192,7 +200,7 @@ def _verifiers(recipe: RecipeConfig, tasks: Mapping[str, Task]) -> None:
 
 
 def _known_reward(reward: str, place: str) -> None:
-    known = ["accuracy", MODEL_REWARD, *rewards.names()]
+    known = ["accuracy", *MODEL_REWARDS, *rewards.names()]
     if reward not in known:
         near = nearest(reward, known)
         raise UserError(f"{place}: no reward {reward!r}{near}; rewards are {', '.join(known)}")

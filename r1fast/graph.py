@@ -70,9 +70,11 @@ def edges(recipe: RecipeConfig) -> list[Edge]:
             if source.stage is not None:
                 _must_be_stage(recipe, source.stage, f"stages.{name}.{key}.stage")
                 found.append(_edge(recipe, source.stage, name, "data", GIVES_ROWS, "supervised rows"))
-        if getattr(stage, "reward_model", None) is not None:
-            _must_be_stage(recipe, stage.reward_model, f"stages.{name}.reward_model")
-            found.append(_edge(recipe, stage.reward_model, name, "reward model", GIVES_REWARD_MODEL, "a reward model"))
+        for key in ("reward_model", "safety_model"):
+            asked = getattr(stage, key, None)
+            if asked is not None:
+                _must_be_stage(recipe, asked, f"stages.{name}.{key}")
+                found.append(_edge(recipe, asked, name, "reward model", GIVES_REWARD_MODEL, "a reward model"))
         teacher = getattr(stage, "teacher", None)
         if teacher is not None and _is_stage(recipe, teacher, f"stages.{name}.teacher"):
             found.append(_edge(recipe, teacher, name, "teacher", GIVES_CHECKPOINT, "a checkpoint"))

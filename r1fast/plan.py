@@ -146,7 +146,8 @@ class _Planner:
         config, parameters = shape
         models, longest = 1, self.recipe.model.max_length
         if stage.kind == "grpo":
-            models += (stage.objective.kl_coef > 0) + (stage.reward_model is not None)
+            asked = (stage.reward_model, stage.safety_model)
+            models += (stage.objective.kl_coef > 0) + sum(model is not None for model in asked)
         weights = models * parameters * self.width
         sequences = SAMPLER_SEQUENCES
         if stage.kind == "grpo" and not stage.evaluate:

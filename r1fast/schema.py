@@ -63,6 +63,13 @@ class JudgeConfig(Strict):
     max_tokens: PositiveInt = 4096  # of a reply
 
 
+class OverlongReward(Strict):
+    """DAPO eq. 13 as a reward that a mix weighs; a stage's own `overlong` is the same with weight 1."""
+
+    max_tokens: PositiveInt
+    window: PositiveInt
+
+
 class RewardsConfig(Strict):
     """How verifiers are run, whatever they verify."""
 
@@ -70,6 +77,8 @@ class RewardsConfig(Strict):
     workers: int = Field(0, ge=0)  # processes; 0: one a core, at most 8
     deadline: PositiveFloat = 5.0  # seconds for one completion, but for rewards that set their own (code, judge)
     judge: JudgeConfig | None = None
+    repetition_ngram: PositiveInt = 4  # words in a sequence that `repetition` counts
+    overlong: OverlongReward | None = None  # what the reward `overlong` needs to know
     max_failures: float = Field(0.2, ge=0, le=1)  # share of a step's scores that may fail before the run stops
 
 
@@ -193,6 +202,7 @@ class GRPOStage(StageBase):
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"  # auto: the sampler's while within the bound
     logprob_bound: PositiveFloat = 1e-3  # mean |sampler - learner| in nats under which the sampler's are used
     reward_model: str | None = None  # the stage that trained what the reward `preference` asks
+    safety_model: str | None = None  # the stage (pointwise) that trained what the reward `safety` asks
     evaluate_every: int = Field(0, ge=0)  # steps between points of the pass@1 curve; 0: only at the end
 
 

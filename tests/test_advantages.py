@@ -6,7 +6,8 @@ import statistics
 import pytest
 import torch
 
-from r1fast.learn.advantages import advantages, group_rewards, informative, overlong_penalty
+from r1fast.learn.advantages import advantages, group_rewards, informative
+from r1fast.rewards.length import overlong_penalty
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
 

@@ -6,7 +6,7 @@ import rewards_for_tests  # noqa: F401 - registers rewards that misbehave
 from r1fast.config import UserError
 from r1fast.rewards import pool
 from r1fast.rewards.pool import RewardPool
-from r1fast.rewards.scoring import Scorer, count_errors, readable, score
+from r1fast.rewards.scoring import Scorer, count_errors, readable, score, stop_above
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
 
@@ -135,3 +135,27 @@ def test_readability(completion, language, reason):
 def test_readability_has_its_bounds():
     assert readable(MIXED, "en", least_share=0.5) is None
     assert readable(f"<think> {'words ' * 40} </think>", "en") is None
+
+
+def test_length_asks_what_is_right_and_the_group():
+    texts = [tag_of(23), tag_of(23), tag_of(7), tag_of(7)]
+    prompt = Prompt("p", (1,), "how many ?", "23", "totals", {})
+    rollouts = [Rollout([1] * n, [0.0] * n, "stop", text) for n, text in zip((10, 30, 10, 30), texts, strict=True)]
+    (scored,) = score([RolloutGroup(prompt, rollouts, 0)], {"length": 1.0, "accuracy": 0.0}, "exact")
+    assert [r.rewards["length"] for r in scored.rollouts] == [0.5, -0.5, 0.0, -0.5]
+    (one_length,) = score([group([GOOD, WRONG])], {"accuracy": 1.0, "length": 1.0}, "exact")
+    assert [r.rewards["length"] for r in one_length.rollouts] == [0.0, 0.0]
+    (unknown,) = score([group(["1", "?"])], {"accuracy": 0.0, "length": 1.0}, "failing")
+    assert [bool(r.errors.get("length")) for r in unknown.rollouts] == [False, True]
+
+
+def tag_of(answer):
+    return f"<think> hm </think> <answer> {answer} </answer>"
+
+
+def test_too_many_failures_stop_with_the_commonest():
+    scored = score([group(["1", "?", "0", "?"])], {"accuracy": 1.0, "format": 1.0}, "failing")
+    stop_above(scored, 0.25)  # two of eight
+    with pytest.raises(UserError, match=r"2 of 8 scores .*max_failures=0.2 allows: accuracy: ValueError: .*\(2x\)"):
+        stop_above(scored, 0.2)
+    stop_above([], 0.0)

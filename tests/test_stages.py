@@ -103,7 +103,14 @@ def test_recomputed_old_logprobs_with_truncated_importance_sampling(micro, tmp_p
 def test_a_pointwise_reward_model_that_reads_whole_responses(micro, tmp_path):
     stage = {"kind": "reward_model", "task": "chat", "objective": "pointwise", "scores": "response", "pairs": 256}
     stage |= {"batch_pairs": 32, "epochs": 3, "optimizer": {"learning_rate": 2e-3}}
-    run_micro_stages(tmp_path / "run", micro, {"safety": stage})
+    mix = [{"task": "chat", "rewards": {"safety": 1.0, "repetition": 0.1}}]
+    rl = {**RL, "steps": 2, "mix": mix, "safety_model": "safety"}
+    run_micro_stages(tmp_path / "run", micro, {"safety": stage, "careful": rl})
+    for step in steps_of(tmp_path / "run", "careful"):
+        asked = step["rewards"]
+        assert 0.0 < asked["safety"] < 1.0 and -1.0 < asked["repetition"] <= 0.0
+        assert step["failures"] == {}
+        assert step["reward"] == pytest.approx(asked["safety"] + 0.1 * asked["repetition"])
     stats = json.loads((tmp_path / "run/stages/safety/stage.json").read_text())["stats"]
     assert stats["held_out_accuracy"] > 0.6 and stats["held_out_pairs"] == 200
 
@@ -177,3 +184,27 @@ def test_the_curriculum_is_the_easy_share_of_the_steps(micro, tmp_path, monkeypa
     stage = {"kind": "pretrain", "task": "totals", "steps": 8, "curriculum": 0.25, "evaluate": False}
     run_micro_stages(tmp_path / "run", micro, {"base": stage})
     assert taken == [1] * 2 + [2] * 6
+
+
+def test_verifiers_that_fail_stop_the_run_with_their_words(micro, tmp_path):
+    stage = {**RL, "mix": [{"task": "totals", "rewards": {"accuracy": 1.0, "overlong": 1.0, "length": 0.0}}]}
+    settings = {"max_failures": 0.2, "overlong": {"max_tokens": 40, "window": 20}}
+    run_micro_stages(tmp_path / "run", micro, {"short": {**stage, "steps": 1}}, {"rewards": settings})
+    (step,) = steps_of(tmp_path / "run", "short")
+    assert -1.0 <= step["rewards"]["overlong"] <= 0.0 and step["failures"] == {}
+    assert -0.5 <= step["rewards"]["length"] <= 0.5
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(BROKEN)
+    stage["mix"][0]["rewards"] = {"accuracy": 1.0, "broken": 0.5}
+    with pytest.raises(UserError, match=r"32 of 64 scores of a step failed.*broken: RuntimeError: out of paper"):
+        run_micro_stages(tmp_path / "two", micro, {"stopped": stage}, {"plugins": [str(plugin)]})
+
+
+BROKEN = """
+from r1fast.rewards import Reward, register
+
+@register("broken")
+class Broken(Reward):
+    def judge(self, completion, reference):
+        raise RuntimeError("out of paper")
+"""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from r1fast_kernels import group_advantage
@@ -44,9 +43,3 @@ def advantages(groups: Sequence[RolloutGroup], normalize_std: bool) -> Tensor:
     told = torch.tensor([informative(group) for group in groups])
     values = group_advantage(rewards, group_ids=ids, normalize_std=normalize_std)
     return torch.where(told[ids], values, 0.0)
-
-
-def overlong_penalty(length: int, max_tokens: int, window: int) -> float:
-    """What DAPO adds to the reward of a long response (eq. 13): 0 up to `max_tokens - window` tokens, then falling
-    linearly to -1 at `max_tokens`."""
-    return -float(np.clip((length - (max_tokens - window)) / window, 0.0, 1.0))

@@ -179,8 +179,9 @@ def _links(blocks: Mapping[str, Mapping[str, Any]]) -> list[Edge]:
         rows = [*(block.get("data") or []), *(block.get("general") or [])]
         sources = list(dict.fromkeys(row["stage"] for row in rows if row.get("stage")))
         links += [Edge(source, name, "data") for source in sources]
-        if block.get("reward_model"):
-            links.append(Edge(block["reward_model"], name, "reward model"))
+        for key in ("reward_model", "safety_model"):
+            if block.get(key):
+                links.append(Edge(block[key], name, "reward model"))
         if block.get("teacher") and block["teacher"] not in sources:
             links.append(Edge(block["teacher"], name, "teacher"))
     return links

@@ -21,6 +21,7 @@ _FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*([\w+-]*)[^\n`]*\n", re.MULTILINE)
 _CLOSE = re.compile(r"^[ \t]{0,3}```", re.MULTILINE)
 _PYTHON = ("python", "python3", "py", "")
 LONGEST_PROGRAM = 200_000  # characters; no solution of a contest comes near
+LEAST_MEMORY = 128 << 20  # bytes; contests give compiled programs less than Python needs to start
 _USUAL = Limits()
 ENDLESS = 2  # tests that may run into a limit before the rest count as failed, where they count apart
 MOST_TESTS = 500  # of one problem: more are an accident of the data
@@ -67,10 +68,10 @@ def read_tests(reference: Reference) -> Tests:
         raise ValueError(f"the reference of a program is a mapping with its tests, not {type(reference).__name__}")
     limits = Limits(
         seconds=float(reference.get("seconds", _USUAL.seconds)),
-        memory=int(reference.get("memory_mb", _USUAL.memory >> 20)) << 20,
+        memory=max(LEAST_MEMORY, int(reference.get("memory_mb", _USUAL.memory >> 20)) << 20),
     )
-    if not 0 < limits.seconds <= 600 or limits.memory < 64 << 20:
-        raise ValueError("a program needs more than 0 and at most 600 `seconds`, and at least 64 `memory_mb`")
+    if not 0 < limits.seconds <= 600:
+        raise ValueError(f"a program needs more than 0 and at most 600 `seconds`, not {limits.seconds}")
     common = {"limits": limits, "partial": bool(reference.get("partial", False))}
     if "entry_point" in reference:
         return _humaneval(reference, common)

@@ -9,7 +9,7 @@ from r1fast.rewards.base import Reference, Reward, register
 from r1fast.rewards.layout import LONGEST_ANSWER, THINK_END, boxed, tagged_answer
 
 LETTERS = "ABCDEFGHIJ"  # MMLU-Pro has ten
-_DRESS = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boxed)\s?|[*_$`{}\\]|^\s+|\s+$")
+_DRESS = re.compile(r"\\(?:textbf|text|mathbf|mathrm|boxed)\s?|[*_$`{}\\]|^\s+|\s+$")
 # `B`, `(B)`, `B.`, `B) Paris`, `option B`, `选项 B`; what follows the letter must not make it a word.
 _LETTER = re.compile(
     r"(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice|选项|答案|选)?\s{0,4}(?:is|是|为)?\s{0,4}[:：]?\s{0,4}"
@@ -18,7 +18,7 @@ _LETTER = re.compile(
 )
 _STATED = re.compile(
     r"(?:\b(?:answer|choice|option)|答案|选项?)[ \t*]{0,8}(?:[:：]|\bis\b|是|为)?[ \t*:：$]{0,8}"
-    r"(?:\\boxed\{|\\text\{)?[(（]?([A-J])\b(?![a-z'’])",
+    r"(?:\\boxed\{|\\text\{)?[(（]?((?-i:[A-J])(?![A-Za-z'’])|[a-j](?=[)\].,;:]|\s{0,4}$|\s{0,4}\n))",
     re.IGNORECASE,
 )
 _SECOND = re.compile(r"^\W{0,3}(?:or|and|/|,|或|和|以及)\s*[(（]?([A-J])\b(?![a-z])", re.IGNORECASE)

@@ -15,7 +15,7 @@ from r1fast.config import UserError
 from r1fast.rewards import base
 from r1fast.rewards.base import Score
 from r1fast.rewards.layout import thinking
-from r1fast.types import Prompt, Rollout, RolloutGroup
+from r1fast.types import Rollout, RolloutGroup
 
 if TYPE_CHECKING:
     from r1fast.rewards.pool import RewardPool
@@ -41,12 +41,13 @@ def score(
     weight 0 is measured only: its failure changes no reward.
     """
     given = given or {}
-    scores = {
-        kind: [[Score(value) for value in values] for values in given[kind]]
-        if kind in given
-        else _judge(groups, kind, verifier, pool)
-        for kind in weights
-    }
+    scores: dict[str, list[list[Score]]] = {}
+    for kind in sorted(weights, key=lambda kind: kind == "length"):  # `length` asks what is right
+        if kind in given:
+            scores[kind] = [[Score(value) for value in values] for values in given[kind]]
+        else:
+            right = scores.get("accuracy")
+            scores[kind] = _judge(groups, kind, verifier, pool, right)
     return [_filled(group, weights, {kind: scores[kind][i] for kind in weights}) for i, group in enumerate(groups)]
 
 
@@ -81,6 +82,22 @@ class Scorer:
         return scored  # type: ignore[return-value]
 
 
+def stop_above(groups: Iterable[RolloutGroup], share: float) -> None:
+    """UserError where more than `share` of all scores have failed: the verifiers are broken, and a run that goes on
+    learns from the few that were not."""
+    scored, failed = 0, Counter()
+    for group in groups:
+        for rollout in group.rollouts:
+            scored += len(rollout.rewards) + len(rollout.errors)
+            failed.update((kind, error) for kind, error in rollout.errors.items())
+    if failed.total() <= share * scored:
+        return
+    told = "; ".join(f"{kind}: {error} ({times}x)" for (kind, error), times in failed.most_common(2))
+    raise UserError(
+        f"{failed.total()} of {scored} scores of a step failed, more than rewards.max_failures={share:g} allows: {told}"
+    )
+
+
 def count_errors(groups: Iterable[RolloutGroup]) -> dict[str, int]:
     """kind -> rollouts whose verifier failed."""
     return dict(Counter(kind for group in groups for rollout in group.rollouts for kind in rollout.errors))
@@ -113,7 +130,15 @@ def _verifier(task: str, name: str | None) -> str:
     return base.get(name).name
 
 
-def _reference(kind: str, prompt: Prompt) -> Any:
+def _reference(kind: str, group: RolloutGroup, index: int, right: Sequence[Score] | None) -> Any:
+    """What a reward is given of a rollout beside its text."""
+    prompt = group.prompt
+    if kind in ("length", "overlong"):
+        lengths = [len(rollout.tokens) for rollout in group.rollouts]
+        told = {"tokens": lengths[index], "shortest": min(lengths), "longest": max(lengths)}
+        if right is not None and right[index].error is None:  # a verifier that failed says nothing of what is right
+            told["right"] = right[index].value >= 1.0
+        return told
     if kind != "language":
         return prompt.answer
     if "language" not in prompt.meta:
@@ -122,32 +147,30 @@ def _reference(kind: str, prompt: Prompt) -> Any:
 
 
 def _judge(
-    groups: Sequence[RolloutGroup], kind: str, verifier: str | None, pool: RewardPool | None
+    groups: Sequence[RolloutGroup],
+    kind: str,
+    verifier: str | None,
+    pool: RewardPool | None,
+    right: Sequence[Sequence[Score]] | None = None,
 ) -> list[list[Score]]:
-    """One kind for every rollout of every group."""
+    """One kind for every rollout of every group; `right`: their accuracy, where it is known."""
     if not groups:
         return []
     reward = base.get(_verifier(groups[0].prompt.task, verifier) if kind == "accuracy" else kind)
+    items = [
+        (reward.name, rollout.text, _reference(kind, group, i, right[g] if right else None))
+        for g, group in enumerate(groups)
+        for i, rollout in enumerate(group.rollouts)
+    ]
     if reward.cheap:
-        return [
-            [reward.attempt(rollout.text, reference) for rollout in group.rollouts]
-            for group in groups
-            for reference in [_reference(kind, group.prompt)]
-        ]
-    if pool is None:
-        from r1fast.rewards.pool import shared
+        scores = iter([reward.attempt(text, reference) for _, text, reference in items])
+    else:
+        if pool is None:
+            from r1fast.rewards.pool import shared
 
-        pool = shared()
-    flat = iter(
-        pool.run(
-            [
-                (reward.name, rollout.text, _reference(kind, group.prompt))
-                for group in groups
-                for rollout in group.rollouts
-            ]
-        )
-    )
-    return [[next(flat) for _ in group.rollouts] for group in groups]
+            pool = shared()
+        scores = iter(pool.run(items))
+    return [[next(scores) for _ in group.rollouts] for group in groups]
 
 
 def _filled(group: RolloutGroup, weights: Mapping[str, float], scores: Mapping[str, Sequence[Score]]) -> RolloutGroup:

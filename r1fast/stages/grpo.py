@@ -16,12 +16,13 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from r1fast.config import UserError
-from r1fast.learn.advantages import informative, overlong_penalty
+from r1fast.learn.advantages import informative
 from r1fast.learn.losses import policy_loss
 from r1fast.metrics import PhaseTimer
 from r1fast.model.weights import clone, copy_weights, save
 from r1fast.parallel import world
-from r1fast.rewards.scoring import score
+from r1fast.rewards.length import overlong_penalty
+from r1fast.rewards.scoring import count_errors, score, stop_above
 from r1fast.stages.alarms import Alarms
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
@@ -81,7 +82,7 @@ class GRPOStageRun:
         self.model, self.tokenizer = start_model(ctx, stage.from_)
         self.sampler = sampler_for(self.model, self.tokenizer)
         self.reference = clone(self.model) if stage.objective.kl_coef > 0 else None
-        self.preference = self._preference()
+        self.trained = self._trained_rewards()
         steps, together = stage.steps * stage.mini_batches * stage.epochs, stage.prompts_per_step * stage.group_size
         together = min(together, self.sampler.max_seqs)
         self.learner, self.plan = fit(ctx, self.model, self.model.config, steps, together)
@@ -102,10 +103,10 @@ class GRPOStageRun:
             state["reference"] = self.reference
         return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.sources)}}
 
-    def _preference(self) -> PreferenceReward | None:
-        if self.stage.reward_model is None:
-            return None
-        return PreferenceReward.load(self.ctx, self.stage.reward_model)
+    def _trained_rewards(self) -> dict[str, PreferenceReward]:
+        """The rewards that ask a model, by kind."""
+        named = {"preference": self.stage.reward_model, "safety": self.stage.safety_model}
+        return {kind: PreferenceReward.load(self.ctx, stage) for kind, stage in named.items() if stage is not None}
 
     def _source(self, index: int, entry: MixEntry) -> Source:
         task = self.ctx.tasks[entry.task]
@@ -159,6 +160,7 @@ class GRPOStageRun:
                 return self._score(groups, [owner[i] for i in own])
 
         groups = world().map(range(count), draw, [1.0] * count)
+        stop_above(groups, self.ctx.recipe.rewards.max_failures)
         if world().first and time.monotonic() - began >= self.ctx.recipe.checkpoint.rollout_seconds:
             self.journal.write(step, round_, groups)
         return groups
@@ -180,8 +182,7 @@ class GRPOStageRun:
                 continue
             task = self.ctx.tasks[source.entry.task]
             own = [groups[i] for i in mine]
-            asked = "preference" in source.entry.rewards
-            given = {"preference": self.preference(own)} if asked else None
+            given = {kind: ask(own) for kind, ask in self.trained.items() if kind in source.entry.rewards}
             result = score(own, source.entry.rewards, task.verifier, pool=self.ctx.pool, given=given)
             for i, group in zip(mine, result, strict=True):
                 scored[i] = self._shape(group)
@@ -264,6 +265,7 @@ class GRPOStageRun:
             truncated=sum(r.finish == "length" for r in rollouts) / len(rollouts),
             rollouts=len(rollouts),
             errors=sum(bool(r.errors) for r in rollouts),
+            failures=count_errors(drawn.sampled),
             groups_sampled=len(drawn.sampled),
             groups_trained=sum(informative(g) for g in drawn.groups),
             sampling_rounds=drawn.rounds,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
 from r1fast.parallel import world
-from r1fast.rewards.scoring import readable, score
+from r1fast.rewards.scoring import readable, score, stop_above
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.inputs import (
     collect_examples,
@@ -105,6 +105,7 @@ def run(ctx: StageContext) -> StageOutcome:
 
         part = prompts[start : start + CHUNK]
         groups, tokens = world().map(part, draw, [1.0] * len(part)), 0
+        stop_above(groups, ctx.recipe.rewards.max_failures)
         for group in groups:
             found.rows += keep(group, stage, found.dropped)
             tokens += sum(len(r.tokens) for r in group.rollouts)

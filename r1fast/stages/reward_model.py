@@ -1,5 +1,6 @@
 """A reward model for prompts that no rule can score: Bradley-Terry on preference pairs for helpfulness, logistic on
-single responses for safety (DeepSeek-R1, 'Model rewards'), and the reward `preference` that asks it during RL."""
+single responses for safety (DeepSeek-R1, 'Model rewards'), and the rewards `preference` and `safety` that ask it in
+RL."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Reading:
 
 
 class PreferenceReward:
-    """The reward `preference`: sigmoid of the score, so that it weighs like a rule's 0..1."""
+    """The rewards `preference` and `safety`: sigmoid of the score, so that it weighs like a rule's 0..1; of a pointwise
+    model that is the probability of a safe response."""
 
     def __init__(self, model: RewardModel, reading: Reading):
         self._model, self._reading = model, reading
