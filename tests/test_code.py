@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from r1fast import rewards
+from r1fast import rewards, tasks
+from r1fast.config import UserError
 from r1fast.rewards import sandbox
 from r1fast.rewards.code import program_of, read_tests
 from r1fast.rewards.inside import plain
 from r1fast.rewards.pool import RewardPool
 from r1fast.rewards.programs import same_output, same_value
+from r1fast.schema import TaskConfig
 
 HUMANEVAL = Path(__file__).parents[2] / "shared" / "data" / "humaneval.jsonl"
 
@@ -244,3 +246,46 @@ def test_all_of_humaneval_passes_and_none_of_it_cut_short():
     assert len(rows) == 164 and not [score for score in scores if score.error]
     assert [item[2]["task_id"] for item, score in zip(items, scores, strict=False) if score.value != 1.0] == []
     assert [item[2]["task_id"] for item, score in zip(cut, scores[len(items) :], strict=True) if score.value] == []
+
+
+# -- the task -------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "own": {"question": "Add.", "tests": [{"input": "1 2", "output": "3"}], "seconds": 3},
+    "calls": {"question": "Add.", "function": "add", "tests": [{"input": [1, 2], "output": 3}]},
+    "apps": {"question": "Add.", "input_output": json.dumps({"inputs": ["1 2"], "outputs": ["3"]})},
+    "mbpp": {"question": "Add.", "test_list": ["assert add(1, 2) == 3"]},
+    "humaneval": {"question": "Add.", "prompt": "", "entry_point": "add", "test": "def check(c): assert c(1, 2) == 3"},
+}
+
+
+def code_task(path, rows, **options):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tasks.build("programs", TaskConfig(kind="code", path=str(path), options=options))
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_the_task_code_reads_every_form_of_tests(tmp_path, form):
+    row = {**ROWS[form], "program": "def add(a, b):\n    return a + b"}
+    task = code_task(tmp_path / "rows.jsonl", [row] * 3, solution="program", partial=True, memory_mb=256)
+    (problem, *_) = task.problems("train")
+    assert task.verifier == "code" and problem.text.endswith("Add.")
+    assert ("standard input" in problem.text) == (form in ("own", "apps"))
+    tests = read_tests(problem.answer)
+    assert tests.partial and tests.limits.memory == 256 << 20 and tests.limits.seconds == (3 if form == "own" else 5)
+    (example, *_) = task.examples()
+    assert program_of(example.completion) == row["program"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "x"}, r"rows.jsonl:1: the reference has no tests"),
+        ({"question": "x", "input_output": "{"}, r"rows.jsonl:1: field 'input_output' is not JSON"),
+        ({"question": "x", "tests": [1]}, r"rows.jsonl:1: a test is a mapping"),
+        ({"question": "x", "test_list": ["assert ("]}, r"rows.jsonl:1: "),
+    ],
+)
+def test_a_row_without_tests_stops_the_run_before_it_starts(tmp_path, row, said):
+    with pytest.raises(UserError, match=said):
+        code_task(tmp_path / "rows.jsonl", [row])

@@ -11,7 +11,9 @@ from r1fast import rewards
 from r1fast.rewards import judge
 from r1fast.rewards.layout import final_answer
 from r1fast.rewards.pool import RewardPool
+from r1fast.rewards.scoring import score
 from r1fast.schema import JudgeConfig, RewardsConfig
+from r1fast.types import Prompt, Rollout, RolloutGroup
 
 QUESTION = "Which river runs through Prague?"
 
@@ -197,3 +199,30 @@ def test_the_final_answer():
     assert final_answer("<think> a </think> <answer> b </answer>") == "b"
     assert final_answer("<think> a </think> c ") == "c" and final_answer(" d ") == "d"
     assert final_answer("<think> a </think>") == "<think> a </think>"
+
+
+def test_the_key_is_in_no_failure(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    asked = endpoint(lambda prompt: (401, b'{"error": "no such key: sk-very-secret"}'))
+    score = rewards.get("judge").attempt("The Vltava.", {"question": QUESTION})
+    assert "Bearer sk-very-secret" in asked.headers[0]["Authorization"]
+    assert "no such key: ***" in score.error and "secret" not in score.error
+
+
+def test_a_mix_asks_with_what_the_prompt_has(endpoint):
+    def say(prompt):
+        return (
+            "Verdict: 10"
+            if "Grade an assistant" in prompt
+            else "Verdict: correct"
+            if "Right" in prompt
+            else "Verdict: A"
+        )
+
+    endpoint(say)
+    wanted = {"grade": (None, {}, 1.0), "fact": ("Vltava", {}, 1.0), "pair": (None, {"other": "The Elbe."}, 0.5)}
+    for name, (answer, meta, value) in wanted.items():
+        prompt = Prompt("p", (1,), QUESTION, answer, name, meta)
+        group = RolloutGroup(prompt, [Rollout([1], [0.0], "stop", "The Vltava.")], 0)
+        (scored,) = score([group], {"judge": 1.0}, None)
+        assert scored.rollouts[0].rewards == {"judge": value}, name

@@ -144,6 +144,8 @@ def ask(prompt: str, config: JudgeConfig) -> str:
         else:
             store.keep(question, reply)
             return reply
+    if key := os.environ.get(config.key):
+        failure = failure.replace(key, "***")  # an endpoint may say the key back to us, and failures are logged
     raise RuntimeError(f"the judge at {config.url} did not answer ({failure[:200]})")
 
 

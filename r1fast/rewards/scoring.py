@@ -139,6 +139,10 @@ def _reference(kind: str, group: RolloutGroup, index: int, right: Sequence[Score
         if right is not None and right[index].error is None:  # a verifier that failed says nothing of what is right
             told["right"] = right[index].value >= 1.0
         return told
+    if kind == "judge" and not (isinstance(prompt.answer, Mapping) and "question" in prompt.answer):
+        known = {} if prompt.answer is None else {"answer": str(prompt.answer)}
+        asked = {key: prompt.meta[key] for key in ("other", "rubric") if key in prompt.meta}
+        return {"question": prompt.text, **known, **asked}
     if kind != "language":
         return prompt.answer
     if "language" not in prompt.meta:
@@ -158,7 +162,7 @@ def _judge(
         return []
     reward = base.get(_verifier(groups[0].prompt.task, verifier) if kind == "accuracy" else kind)
     items = [
-        (reward.name, rollout.text, _reference(kind, group, i, right[g] if right else None))
+        (reward.name, rollout.text, _reference(reward.name, group, i, right[g] if right else None))
         for g, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts)
     ]

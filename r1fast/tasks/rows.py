@@ -36,7 +36,7 @@ class Row:
     """One problem as read: what is asked, what is right, and a worked solution where the file has one."""
 
     question: str
-    answer: str
+    answer: Any  # text, or what else the kind's verifier takes
     worked: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
