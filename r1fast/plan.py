@@ -147,7 +147,7 @@ class _Planner:
         models, longest = 1, self.recipe.model.max_length
         if stage.kind == "grpo":
             asked = (stage.reward_model, stage.safety_model)
-            models += (stage.objective.kl_coef > 0) + sum(model is not None for model in asked)
+            models += (stage.objective.kl_coef > 0 and stage.lora is None) + sum(model is not None for model in asked)
         weights = models * parameters * self.width
         sequences = SAMPLER_SEQUENCES
         if stage.kind == "grpo" and not stage.evaluate:
@@ -157,7 +157,11 @@ class _Planner:
         if stage.kind in ("reject", "evaluate"):
             return Memory(weights=weights, cache=cache), None
         tokens = getattr(stage, "micro_batch_tokens", getattr(stage, "batch_tokens", None))
-        states = stage.optimizer.states
+        states, lora = stage.optimizer.states, getattr(stage, "lora", None)
+        if lora is not None:
+            from r1fast.model.lora import adapter_parameters
+
+            parameters = adapter_parameters(config, lora)
         asked = Asked(tokens, getattr(stage, "recompute", False), None if states == "auto" else states)
         found = plan_training(
             config,

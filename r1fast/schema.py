@@ -101,6 +101,16 @@ class OptimizerConfig(Strict):
     states: Literal["auto", "float32", "bfloat16"] = "auto"  # of the two moments; auto: bfloat16 when memory is short
 
 
+class LoRAConfig(Strict):
+    """Adapters on a frozen model (r1fast/model/lora.py): what is trained instead of all its weights."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0  # the product is scaled by alpha / rank
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+
+
 class SamplingConfig(Strict):
     max_tokens: PositiveInt = 256
     temperature: float = Field(1.0, ge=0)
@@ -170,6 +180,7 @@ class SFTStage(StageBase):
     batch_examples: PositiveInt = 128
     micro_batch_tokens: PositiveInt | None = None
     recompute: bool | None = None
+    lora: LoRAConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5, schedule="cosine", final=0.1)
 
 
@@ -192,6 +203,7 @@ class GRPOStage(StageBase):
     epochs: PositiveInt = 1
     micro_batch_tokens: PositiveInt | None = None  # None: what the memory plan finds (r1fast/learn/memory.py)
     recompute: bool | None = None  # activations, in the backward pass; None: where memory asks for it
+    lora: LoRAConfig | None = None  # train adapters only; the reference is then the base, and cannot be refreshed
     share_prompts: Literal["auto", "always", "never"] = "auto"  # forward a group's prompt once: where it saves enough
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-6)

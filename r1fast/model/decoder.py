@@ -44,6 +44,7 @@ class Layer(nn.Module):
         self.split = (config.heads, config.kv_heads, config.kv_heads)
         self.head_dim = dim
         self.eps = config.norm_eps
+        self.adapters: nn.ModuleDict | None = None  # lora.py's, by the name of the weight that they are beside
         heads = sum(self.split)
 
         def parameter(*shape: int, when: bool = True) -> nn.Parameter | None:
@@ -64,15 +65,23 @@ class Layer(nn.Module):
 
     def attention(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         rows = x.shape[0]
-        qkv = F.linear(x, self.qkv_proj, self.qkv_bias).view(rows, -1, self.head_dim)
+        qkv = self.product("qkv_proj", x, self.qkv_bias).view(rows, -1, self.head_dim)
         q, k, v = qkv.split_with_sizes(self.split, 1)  # `split` is Python: 5 us more
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         q, k = rope(q, k, cos, sin, positions)
-        return F.linear(attend(index, q, k, v).reshape(rows, -1), self.o_proj, self.o_bias)
+        return self.product("o_proj", attend(index, q, k, v).reshape(rows, -1), self.o_bias)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return F.linear(swiglu(F.linear(x, self.gate_up_proj, self.gate_up_bias)), self.down_proj, self.down_bias)
+        return self.product("down_proj", swiglu(self.product("gate_up_proj", x, self.gate_up_bias)), self.down_bias)
+
+    def product(self, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x times the weight `name`, with what an adapter beside it adds."""
+        y = F.linear(x, getattr(self, name), bias)
+        if self.adapters is None or name not in self.adapters:
+            return y
+        adapter = self.adapters[name]
+        return y + adapter(x) if adapter.active else y
 
 
 class Decoder(nn.Module):

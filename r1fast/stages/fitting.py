@@ -1,5 +1,5 @@
 """What a stage's training takes of memory: chosen before its first step, said, and tried with the longest
-micro-batch."""
+micro-batch; and what it leaves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 from r1fast.device import free_memory
 from r1fast.learn.learner import Learner
 from r1fast.learn.memory import Asked, TrainingPlan, cache_bytes, plan_training
+from r1fast.model.decoder import Decoder
+from r1fast.model.lora import adapters, fold, save_adapter
+from r1fast.model.weights import save
+from r1fast.stages.inputs import checkpoint_path
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from r1fast.learn.learner import Loss
     from r1fast.model.decoder_config import DecoderConfig
@@ -40,7 +45,8 @@ def fit(
         free=free,
         device=ctx.device,
         longest=longest,
-        cache=min(cache_bytes(config, sequences, longest, width), free / 2),  # the sampler takes no more than half
+        # the sampler takes no more than half
+        cache=min(cache_bytes(config, sequences, longest, width), free / 2) + _copies(model, sequences),
         weights=sum(p.nbytes for p in parameters),
     )
     for module in model.modules():
@@ -48,6 +54,24 @@ def fit(
             module.recompute = plan.recompute
     optimizer = stage.optimizer.model_copy(update={"states": plan.states})
     return Learner(model, optimizer, steps, plan.micro_batch_tokens, ctx.progress.warn), plan
+
+
+def _copies(model: nn.Module, sequences: int) -> int:
+    """Bytes of the weights that are kept beside the merged ones while adapters are sampled with."""
+    if not sequences or not isinstance(model, Decoder):
+        return 0
+    return sum(getattr(layer, name).nbytes for layer, name, _ in adapters(model))
+
+
+def keep(ctx: StageContext, model: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The stage's `checkpoint/`; of adapters also `adapter/`, for peft, with the checkpoint they were trained on named
+    in it. The model has no adapters after it: they are merged into its weights."""
+    lora = ctx.stage.lora
+    if lora is not None:
+        base = str(checkpoint_path(ctx, ctx.stage.from_).absolute())
+        save_adapter(model, lora, base, ctx.directory / "adapter")
+        fold(model)
+    save(model, tokenizer, ctx.directory / "checkpoint")
 
 
 def announce(ctx: StageContext, learner: Learner, plan: TrainingPlan, loss: Loss | None = None) -> None:

@@ -19,14 +19,16 @@ from r1fast.config import UserError
 from r1fast.learn.advantages import informative
 from r1fast.learn.losses import policy_loss
 from r1fast.metrics import PhaseTimer
-from r1fast.model.weights import clone, copy_weights, save
+from r1fast.model.decoder import Decoder
+from r1fast.model.lora import BasePolicy, add_adapters, merged
+from r1fast.model.weights import clone, copy_weights
 from r1fast.parallel import world
 from r1fast.rewards.length import overlong_penalty
 from r1fast.rewards.scoring import count_errors, score, stop_above
 from r1fast.stages.alarms import Alarms
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
-from r1fast.stages.fitting import announce, fit
+from r1fast.stages.fitting import announce, fit, keep
 from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, start_model
 from r1fast.stages.journal import Journal
 from r1fast.stages.reward_model import PreferenceReward
@@ -81,7 +83,7 @@ class GRPOStageRun:
         stage: GRPOStage = ctx.stage
         self.model, self.tokenizer = start_model(ctx, stage.from_)
         self.sampler = sampler_for(self.model, self.tokenizer)
-        self.reference = clone(self.model) if stage.objective.kl_coef > 0 else None
+        self.reference = self._reference()
         self.trained = self._trained_rewards()
         steps, together = stage.steps * stage.mini_batches * stage.epochs, stage.prompts_per_step * stage.group_size
         together = min(together, self.sampler.max_seqs)
@@ -99,9 +101,17 @@ class GRPOStageRun:
         """All that the steps to come depend on."""
         state = {"model": PolicyState(self.model), "learner": self.learner, "random": RandomState(self.random)}
         state["alarms"] = self.alarms
-        if self.reference is not None:
+        if isinstance(self.reference, Decoder):
             state["reference"] = self.reference
         return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.sources)}}
+
+    def _reference(self) -> Decoder | BasePolicy | None:
+        """What KL is measured to: a copy of the start, or the model without the adapters that it gets here."""
+        kl = self.stage.objective.kl_coef > 0
+        if self.stage.lora is not None:
+            add_adapters(self.model, self.stage.lora, self.ctx.seed)
+            return BasePolicy(self.model) if kl else None
+        return clone(self.model) if kl else None
 
     def _trained_rewards(self) -> dict[str, PreferenceReward]:
         """The rewards that ask a model, by kind."""
@@ -220,7 +230,8 @@ class GRPOStageRun:
 
     def step(self, step: int) -> dict[str, Any]:
         """Step number `step`, from 1: draw, learn, report. Returns what the log was told."""
-        drawn = self.draw(step - 1)
+        with merged(self.model):
+            drawn = self.draw(step - 1)
         return self.report(step, drawn, self.learn(drawn.groups))
 
     def _drafts(self) -> dict[str, Any]:
@@ -293,7 +304,7 @@ class GRPOStageRun:
         protocol = self.ctx.recipe.evaluation
         task = self.ctx.tasks[protocol.task or next(iter(self.ctx.tasks))]
         problems = task.problems("validation", protocol.curve_limit, SEED)
-        with self.timer("evaluate"):
+        with self.timer("evaluate"), merged(self.model):
             evaluator = Evaluator.of(self.ctx, self.model, self.tokenizer, self.sampler)
             got = evaluator.measure(task, problems, protocol.sampling, protocol.curve_samples)
         self.ctx.log.event(
@@ -307,7 +318,7 @@ class GRPOStageRun:
     def refresh_reference(self, step: int) -> None:
         """R1 replaces the reference by the policy every 400 steps, so that KL bounds the pace and not the distance."""
         every = self.stage.reference_refresh
-        if self.reference is not None and every and step % every == 0:
+        if isinstance(self.reference, Decoder) and every and step % every == 0:
             copy_weights(self.model, self.reference)
 
 
@@ -324,7 +335,7 @@ def run(ctx: StageContext) -> StageOutcome:
         if stage.evaluate_every and step % stage.evaluate_every == 0:
             loop.curve(step)
         loop.journal.forget(loop.loop.saved)
-    save(loop.model, loop.tokenizer, ctx.directory / "checkpoint")
+    keep(ctx, loop.model, loop.tokenizer)
     shutil.rmtree(loop.journal.directory, ignore_errors=True)
     return StageOutcome(
         stats={"steps": stage.steps, "rollouts_per_step": stage.prompts_per_step * stage.group_size},

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from r1fast.learn.losses import cross_entropy_loss
 from r1fast.learn.packing import supervised_steps
 from r1fast.metrics import PhaseTimer
-from r1fast.model.weights import save
+from r1fast.model.lora import add_adapters
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import evaluate_stage
-from r1fast.stages.fitting import announce, fit
+from r1fast.stages.fitting import announce, fit, keep
 from r1fast.stages.inputs import collect_examples, encode_examples, start_model
 from r1fast.stages.steps import Steps
 from r1fast.stages.supervised import SupervisedLog
@@ -28,6 +28,8 @@ def run(ctx: StageContext) -> StageOutcome:
     examples = collect_examples(ctx, stage.data, ctx.seed)
     rows, too_long = encode_examples(ctx, examples, tokenizer)
     steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch_examples))
+    if stage.lora is not None:
+        add_adapters(model, stage.lora, ctx.seed)
     learner, plan = fit(ctx, model, model.config, steps)
     ctx.progress.stage(ctx.name, stage.kind, steps)
     announce(ctx, learner, plan, cross_entropy_loss)
@@ -48,7 +50,7 @@ def run(ctx: StageContext) -> StageOutcome:
         with timer("learn"):
             stats = learner.step(batch, cross_entropy_loss)
         log.step(step, stats, timer)
-    save(model, tokenizer, ctx.directory / "checkpoint")
+    keep(ctx, model, tokenizer)
     note = f"{len(rows):,} rows, {stage.epochs:g} epochs"
     if too_long:
         note += f"; {too_long:,} rows longer than model.max_length left out"
