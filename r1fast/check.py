@@ -95,10 +95,10 @@ def _names(recipe: RecipeConfig) -> None:
                 raise UserError(f"stages.{name}.mix is empty; give at least one task")
             if min(entry.start for entry in stage.mix) > 0:
                 raise UserError(f"stages.{name}.mix: every entry starts late, so the first steps have no prompts")
-            if stage.lora is not None and stage.reference_refresh is not None:
+            if stage.adapters is not None and stage.reference_refresh is not None:
                 raise UserError(
-                    f"stages.{name}.reference_refresh cannot be kept with lora: the reference is the base, which the "
-                    f"adapters are beside; set it to null, or train all weights"
+                    f"stages.{name}.reference_refresh cannot be kept with adapters: the reference is the base, "
+                    f"which the adapters are beside; set it to null, or train all weights"
                 )
 
 

@@ -146,8 +146,8 @@ class _Planner:
         config, parameters = shape
         models, longest = 1, self.recipe.model.max_length
         if stage.kind == "grpo":
-            asked = (stage.reward_model, stage.safety_model)
-            models += (stage.objective.kl_coef > 0 and stage.lora is None) + sum(model is not None for model in asked)
+            models += stage.objective.kl_coef > 0 and stage.adapters is None
+            models += sum(model is not None for model in (stage.reward_model, stage.safety_model))
         weights = models * parameters * self.width
         sequences = SAMPLER_SEQUENCES
         if stage.kind == "grpo" and not stage.evaluate:
@@ -157,7 +157,7 @@ class _Planner:
         if stage.kind in ("reject", "evaluate"):
             return Memory(weights=weights, cache=cache), None
         tokens = getattr(stage, "micro_batch_tokens", getattr(stage, "batch_tokens", None))
-        states, lora = stage.optimizer.states, getattr(stage, "lora", None)
+        states, lora = stage.optimizer.states, getattr(stage, "adapters", None)
         if lora is not None:
             from r1fast.model.lora import adapter_parameters
 

@@ -180,7 +180,7 @@ class SFTStage(StageBase):
     batch_examples: PositiveInt = 128
     micro_batch_tokens: PositiveInt | None = None
     recompute: bool | None = None
-    lora: LoRAConfig | None = None
+    adapters: LoRAConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5, schedule="cosine", final=0.1)
 
 
@@ -203,7 +203,7 @@ class GRPOStage(StageBase):
     epochs: PositiveInt = 1
     micro_batch_tokens: PositiveInt | None = None  # None: what the memory plan finds (r1fast/learn/memory.py)
     recompute: bool | None = None  # activations, in the backward pass; None: where memory asks for it
-    lora: LoRAConfig | None = None  # train adapters only; the reference is then the base, and cannot be refreshed
+    adapters: LoRAConfig | None = None  # train adapters only; the reference is then the base, and cannot be refreshed
     share_prompts: Literal["auto", "always", "never"] = "auto"  # forward a group's prompt once: where it saves enough
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-6)

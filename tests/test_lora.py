@@ -181,7 +181,7 @@ def test_a_stage_trains_adapters_and_leaves_both_kinds_of_checkpoint(micro, tmp_
         },
     }  # fmt: skip
     for stage in stages.values():
-        stage |= {"lora": {"rank": 4}, "optimizer": {"learning_rate": 1e-2}}
+        stage |= {"adapters": {"rank": 4}, "optimizer": {"learning_rate": 1e-2}}
     run_micro_stages(tmp_path / "run", micro, stages)
     for name in stages:
         folder = tmp_path / "run" / "stages" / name
@@ -198,6 +198,6 @@ def test_a_stage_trains_adapters_and_leaves_both_kinds_of_checkpoint(micro, tmp_
 
 
 def test_a_reference_that_would_be_refreshed_is_refused(micro, tmp_path):
-    stage = {"kind": "grpo", "mix": [{"task": "totals"}], "lora": {}, "reference_refresh": 4}
-    with pytest.raises(UserError, match=r"stages.rl.reference_refresh cannot be kept with lora"):
+    stage = {"kind": "grpo", "mix": [{"task": "totals"}], "adapters": {}, "reference_refresh": 4}
+    with pytest.raises(UserError, match=r"stages.rl.reference_refresh cannot be kept with adapters"):
         run_micro_stages(tmp_path / "run", micro, {"rl": stage})

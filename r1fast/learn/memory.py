@@ -87,7 +87,7 @@ class TrainingPlan:
         how += ", activations recomputed" if self.recompute else ""
         how += ", moments in bfloat16" if self.states == "bfloat16" else ""
         found = f"memory: {how}; {readable_bytes(self.needed)} ({parts}) of {readable_bytes(self.free)} free"
-        return found if self.fits else f"{found}. This may not fit: lower model.max_length, or train adapters (lora)"
+        return found if self.fits else f"{found}. This may not fit: lower model.max_length, or train adapters"
 
 
 def plan_training(

@@ -84,7 +84,7 @@ class Room:
         else:
             raise UserError(
                 f"out of memory with a single micro-batch of {tokens:,} tokens that cannot be halved: lower "
-                f"model.max_length and sampling.max_tokens, or train adapters (lora)"
+                f"model.max_length and sampling.max_tokens, or train adapters"
             )
 
 

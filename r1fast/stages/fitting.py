@@ -66,7 +66,7 @@ def _copies(model: nn.Module, sequences: int) -> int:
 def keep(ctx: StageContext, model: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """The stage's `checkpoint/`; of adapters also `adapter/`, for peft, with the checkpoint they were trained on named
     in it. The model has no adapters after it: they are merged into its weights."""
-    lora = ctx.stage.lora
+    lora = ctx.stage.adapters
     if lora is not None:
         base = str(checkpoint_path(ctx, ctx.stage.from_).absolute())
         save_adapter(model, lora, base, ctx.directory / "adapter")

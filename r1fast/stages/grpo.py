@@ -108,8 +108,8 @@ class GRPOStageRun:
     def _reference(self) -> Decoder | BasePolicy | None:
         """What KL is measured to: a copy of the start, or the model without the adapters that it gets here."""
         kl = self.stage.objective.kl_coef > 0
-        if self.stage.lora is not None:
-            add_adapters(self.model, self.stage.lora, self.ctx.seed)
+        if self.stage.adapters is not None:
+            add_adapters(self.model, self.stage.adapters, self.ctx.seed)
             return BasePolicy(self.model) if kl else None
         return clone(self.model) if kl else None
 

@@ -28,8 +28,8 @@ def run(ctx: StageContext) -> StageOutcome:
     examples = collect_examples(ctx, stage.data, ctx.seed)
     rows, too_long = encode_examples(ctx, examples, tokenizer)
     steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch_examples))
-    if stage.lora is not None:
-        add_adapters(model, stage.lora, ctx.seed)
+    if stage.adapters is not None:
+        add_adapters(model, stage.adapters, ctx.seed)
     learner, plan = fit(ctx, model, model.config, steps)
     ctx.progress.stage(ctx.name, stage.kind, steps)
     announce(ctx, learner, plan, cross_entropy_loss)
