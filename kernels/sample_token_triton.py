@@ -1,7 +1,7 @@
 """Triton for sample_token; the contract is in sample_token.py.
 
 One pass over the logits makes a maximum and a sum of exponentials for every fixed tile of the vocabulary; a second
-kernel, a program a row, finds the tile in which the running sum passes the drawn point, and reads that tile again.
+kernel, a program a row, halves its way to a tile by these sums, and then to a token in that tile, which it reads again.
 Tiles go by the vocabulary only, so a row's token does not depend on its batch. Rows that truncate are drawn by a third
 kernel, which the others leave at once: no setting is looked at on the host, so all of it can be captured in a graph.
 """
@@ -42,14 +42,30 @@ def _tile_masses(maxima, sums, row, tiles, inverse, TILES: tl.constexpr):
 
 
 @jit
-def _point(seed, sequence, position, row, total):
-    """The drawn uniform number times `total`. Key: seed; counter: position and sequence, low words first."""
+def _number(seed, sequence, position, row, halving):
+    """The row's uniform number for a halving: word halving % 4 of the Philox block halving // 4. Key: seed; counter:
+    position and sequence, low words first, the block added to position's high word."""
     p = tl.load(position + row)
     q = tl.load(sequence + row)
-    words = tl.philox(
-        tl.load(seed + row), p.to(tl.int32), (p >> 32).to(tl.int32), q.to(tl.int32), (q >> 32).to(tl.int32)
-    )
-    return ((words[0] >> 8).to(tl.float32) * 5.9604644775390625e-08).to(tl.float64) * total
+    high = (p >> 32).to(tl.int32) + halving // 4
+    a, b, c, d = tl.philox(tl.load(seed + row), p.to(tl.int32), high, q.to(tl.int32), (q >> 32).to(tl.int32))
+    word = halving % 4
+    bits = tl.where(word == 0, a, tl.where(word == 1, b, tl.where(word == 2, c, d)))
+    return ((bits >> 8).to(tl.float32) * 5.9604644775390625e-08).to(tl.float64)
+
+
+@jit
+def _halve(place, mass, start, half, least, halving, seed, sequence, position, row):
+    """Where the row's numbers lead from [start, start + 2 half) among `mass` at `place`, by halving until `half` is
+    below `least`: (start, half, halving) of what is left."""
+    while half >= least:
+        lower = tl.sum(tl.where((place >= start) & (place < start + half), mass, 0.0), 0)
+        upper = tl.sum(tl.where((place >= start + half) & (place < start + 2 * half), mass, 0.0), 0)
+        number = _number(seed, sequence, position, row, halving)
+        start += tl.where((number * (lower + upper) >= lower) & (upper > 0.0), half, 0)
+        half //= 2
+        halving += 1
+    return start, half, halving
 
 
 @jit
@@ -65,7 +81,7 @@ def _truncates(t, k, p, width):
 @jit
 def _draw(
     logits, seed, sequence, position, temperature, top_k, top_p, maxima, sums, token, logprob, full, width, tiles,
-    TILE: tl.constexpr, TILES: tl.constexpr, FAR: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, HALF: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """A row that keeps its whole distribution, or is greedy; or one with settings out of range: token 0 and NaN."""
     row = tl.program_id(0).to(tl.int64)
@@ -77,21 +93,18 @@ def _draw(
         m, mass, top = _tile_masses(maxima, sums, row, tiles, inverse, TILES)
         tile = tl.arange(0, TILES)
         total = tl.sum(mass, 0)
-        point = _point(seed, sequence, position, row, total)
-        passed = tl.sum((tl.cumsum(mass, 0) <= point).to(tl.int32), 0)
-        drawn = tl.minimum(passed, tl.max(tl.where(mass > 0.0, tile, 0), 0))
+        zero = tl.full([], 0, tl.int32)
+        start, half, halving = _halve(tile * TILE, mass, zero, zero + HALF, TILE, zero, seed, sequence, position, row)
         best = tl.minimum(tl.min(tl.where(m == top, tile, FAR), 0), tiles - 1)
-        chosen = tl.where(t == 0.0, best, drawn)
-        before = tl.sum(tl.where(tile < chosen, mass, 0.0), 0)
+        start = tl.where(t == 0.0, best * TILE, start)
 
-        place = chosen * TILE + tl.arange(0, TILE)
+        place = start + tl.arange(0, TILE)
         x = tl.load(logits + row * width + place, mask=place < width, other=float("-inf")).to(tl.float32)
-        e = tl.exp((x - top) * inverse)
-        beyond = (before + tl.cumsum(e.to(tl.float64), 0) > point) & (e > 0.0)
-        hit = (place < width) & tl.where(t == 0.0, x == top, beyond)
-        first = tl.min(tl.where(hit, place, FAR), 0)
-        last = tl.max(tl.where(e > 0.0, place, 0), 0)  # where rounding left the point a hair beyond the tile's end
-        found = tl.where(_valid(t, k, p), tl.where(first == FAR, last, first), 0)
+        e = tl.exp((x - top) * inverse).to(tl.float64)
+        drawn, _half, _halving = _halve(place, e, start, half, 1, halving, seed, sequence, position, row)
+        first = tl.min(tl.where((place < width) & (x == top), place, FAR), 0)
+        found = tl.where(t == 0.0, tl.minimum(first, width - 1), drawn)
+        found = tl.where(_valid(t, k, p), found, 0)
         own = tl.load(logits + row * width + found).to(tl.float32)
         value = (own - top) * inverse - tl.log(total.to(tl.float32))
         value = tl.where(_valid(t, k, p), value, float("nan"))
@@ -158,9 +171,18 @@ def _cut(logits, width, top, inverse, most, share, BLOCK: tl.constexpr, WAYS: tl
 
 
 @jit
+def _held(logits, start, width, top, inverse, least, ties, BLOCK: tl.constexpr):
+    """(kept weights of a block in double, 0 for the others; how many equal `least`, of which `ties` are kept)"""
+    _place, live, w = _weights(logits, start, width, top, inverse, BLOCK)
+    equal = (live & (w == least)).to(tl.int32)
+    keep = (w > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= ties))
+    return tl.where(keep, w, 0.0).to(tl.float64), tl.sum(equal, 0)
+
+
+@jit
 def _draw_truncated(
     logits, seed, sequence, position, temperature, top_k, top_p, maxima, sums, token, logprob, full, width, tiles,
-    TILES: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+    TILES: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     """A row that keeps its likeliest tokens alone."""
     row = tl.program_id(0).to(tl.int64)
@@ -178,22 +200,23 @@ def _draw_truncated(
             none = tl.full([], float("inf"), tl.float64)
             share = p.to(tl.float64) * _cut(own, width, top, inverse, most, none, BLOCK, WAYS)[2]
         least, ties, kept = _cut(own, width, top, inverse, most, share, BLOCK, WAYS)
-        point = _point(seed, sequence, position, row, kept)
-        before = tl.full([], 0.0, tl.float64)
+        block = tl.arange(0, BLOCKS)  # what is kept of each, and the ties before it
+        mass = tl.zeros([BLOCKS], tl.float64)
+        before = tl.zeros([BLOCKS], tl.int32)
         seen = tl.full([], 0, tl.int32)
-        found = tl.full([], FAR, tl.int32)
-        last = tl.full([], 0, tl.int32)
         for start in range(0, width, BLOCK):
-            place, live, w = _weights(own, start, width, top, inverse, BLOCK)
-            equal = (live & (w == least)).to(tl.int32)
-            keep = (w > least) | ((equal > 0) & (seen + tl.cumsum(equal, 0) <= ties))
-            held = tl.where(keep, w, 0.0).to(tl.float64)
-            hit = keep & (before + tl.cumsum(held, 0) > point)
-            found = tl.minimum(found, tl.min(tl.where(hit, place, FAR), 0))
-            last = tl.maximum(last, tl.max(tl.where(keep, place, 0), 0))
-            before += tl.sum(held, 0)
-            seen += tl.sum(equal, 0)
-        found = tl.where(found == FAR, last, found)
+            held, equal = _held(own, start, width, top, inverse, least, ties - seen, BLOCK)
+            mass = tl.where(block == start // BLOCK, tl.sum(held, 0), mass)
+            before = tl.where(block == start // BLOCK, seen, before)
+            seen += equal
+        zero = tl.full([], 0, tl.int32)
+        start, half, halving = _halve(
+            block * BLOCK, mass, zero, zero + HALF, BLOCK, zero, seed, sequence, position, row
+        )
+        seen = tl.sum(tl.where(block == start // BLOCK, before, 0), 0)
+        held, _equal = _held(own, start, width, top, inverse, least, ties - seen, BLOCK)
+        place = start + tl.arange(0, BLOCK)
+        found, _half, _halving = _halve(place, held, start, half, 1, halving, seed, sequence, position, row)
         value = (tl.load(own + found).to(tl.float32) - top) * inverse
         value += (total - total).to(tl.float32)  # NaN where a logit is NaN or infinite
         tl.store(token + row, found.to(tl.int64))
@@ -220,7 +243,9 @@ def forward(logits, seed, sequence, position, temperature, top_k, top_p) -> tupl
     if rows:
         _tile_sums[(rows, tiles)](logits, given[3], maxima, sums, width, tiles, tile, num_warps=8)
         shared = (logits, *given, maxima, sums, token, found[0], found[1], width, tiles)
-        _draw[(rows,)](*shared, tile, next_power_of_2(tiles), FAR, num_warps=8)
+        half = next_power_of_2(width) // 2
+        _draw[(rows,)](*shared, tile, next_power_of_2(tiles), half, FAR, num_warps=16 if tile > 1024 else 8)
         block, warps = min(tile, 512), 16 if tile > 256 else 8
-        _draw_truncated[(rows,)](*shared, next_power_of_2(tiles), FAR, block, 16, num_warps=warps)
+        blocks = next_power_of_2(-(-width // block))
+        _draw_truncated[(rows,)](*shared, next_power_of_2(tiles), half, block, blocks, 16, num_warps=warps)
     return token, found[0], found[1]

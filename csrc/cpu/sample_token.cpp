@@ -43,31 +43,67 @@ float chunk_sum(const Row& row, int64_t start) {
   return sum_of(sum);
 }
 
-// The same 24 bits as the reference: the top of the first word of Philox with counter (position, sequence) and key seed.
-float uniform(int64_t seed, int64_t sequence, int64_t position) {
-  const uint64_t s = seed, q = sequence, p = position;
-  const uint32_t c[6] = {static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), static_cast<uint32_t>(q),
-                         static_cast<uint32_t>(q >> 32), static_cast<uint32_t>(s), static_cast<uint32_t>(s >> 32)};
-  return static_cast<float>(philox(c[0], c[1], c[2], c[3], c[4], c[5]).word[0] >> 8) * 0x1p-24f;
+// The row's numbers in [0, 1), a fresh one for every halving: 24 bits each of the words of Philox with counter
+// (position + 2^32 block, sequence) and key seed.
+class Uniform {
+ public:
+  Uniform(int64_t seed, int64_t sequence, int64_t position) : seed_(seed), sequence_(sequence), position_(position) {}
+
+  double next() {
+    if (used_ % 4 == 0) {
+      const uint32_t block = static_cast<uint32_t>(position_ >> 32) + used_ / 4;
+      words_ = philox(static_cast<uint32_t>(position_), block, static_cast<uint32_t>(sequence_),
+                      static_cast<uint32_t>(sequence_ >> 32), static_cast<uint32_t>(seed_),
+                      static_cast<uint32_t>(seed_ >> 32));
+    }
+    return (words_.word[used_++ % 4] >> 8) * 0x1p-24;
+  }
+
+ private:
+  uint64_t seed_, sequence_, position_;
+  uint32_t used_ = 0;
+  Philox words_{};
+};
+
+// One halving: the upper half where the number times the whole reaches the lower one.
+R1_INLINE bool takes_upper(double lower, double upper, Uniform& numbers) {
+  return numbers.next() * (lower + upper) >= lower && upper > 0;
 }
 
-// First index whose running sum exceeds u times the sum of all chunks; `sums` holds the chunks' sums.
-int64_t draw(const Row& row, const float* sums, double total, float u) {
-  const double point = static_cast<double>(u) * total;
-  const int64_t chunks = (row.size + kChunk - 1) / kChunk;
-  double before = 0;
-  int64_t chunk = 0;
-  while (chunk < chunks - 1 && before + sums[chunk] <= point) before += sums[chunk++];
-  float weights[kChunk] = {};
-  const int64_t start = chunk * kChunk, count = row.size - start < kChunk ? row.size - start : kChunk;
-  for (int64_t i = 0; i < count; i += kLanes) store(weights + i, row.weights(start + i));
-  int64_t last = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (weights[i] > 0) last = i;
-    before += weights[i];
-    if (before > point) break;
+double sum_between(const float* x, int64_t from, int64_t to) {
+  double sum = 0;
+  for (int64_t i = from; i < to; ++i) sum += x[i];
+  return sum;
+}
+
+// Which of `size` chunks the numbers choose by their sums, by halving `width`, a power of two that holds them all.
+int64_t draw_chunk(const float* sums, int64_t size, int64_t width, Uniform& numbers) {
+  int64_t start = 0;
+  for (int64_t half = width / 2; half > 0; half /= 2) {
+    const int64_t middle = start + half < size ? start + half : size;
+    const int64_t end = middle + half < size ? middle + half : size;
+    if (takes_upper(sum_between(sums, start, middle), sum_between(sums, middle, end), numbers)) start += half;
   }
-  return start + last;  // without the break, rounding left the point a hair beyond the end of this chunk
+  return start;
+}
+
+// The token that weights in chunks choose; `sums` holds the chunks' sums, `store_chunk(chunk, out)` stores its weights.
+template <typename StoreChunk>
+int64_t draw(int64_t size, const float* sums, Uniform& numbers, const StoreChunk& store_chunk) {
+  int64_t width = 1;
+  while (width < size) width *= 2;
+  int64_t chunk = 0;
+  if (width > kChunk) {
+    chunk = draw_chunk(sums, (size + kChunk - 1) / kChunk, width / kChunk, numbers);
+    width = kChunk;
+  }
+  float tree[2 * kChunk] = {};  // of sums: node i has the children 2 i and 2 i + 1, the weights are the leaves
+  store_chunk(chunk, tree + kChunk);
+  const int64_t top = kChunk / width;  // the first node that has leaves of more than one half
+  for (int64_t i = kChunk - 1; i > 0; --i) tree[i] = tree[2 * i] + tree[2 * i + 1];
+  int64_t node = top;
+  while (node < kChunk) node = 2 * node + takes_upper(tree[2 * node], tree[2 * node + 1], numbers);
+  return chunk * kChunk + node - kChunk;
 }
 
 struct Above {
@@ -99,6 +135,7 @@ Above above(const float* weights, int64_t padded, float least) {
 struct Cut {
   float least;
   int64_t ties;
+  bool all_ties;  // are kept
   double sum;  // of the kept weights
 };
 
@@ -124,12 +161,12 @@ Cut cut(const float* weights, int64_t padded, int64_t count, double share) {
   int64_t equal = 0, ties = 1;
   for (int64_t i = 0; i < padded; ++i) equal += weights[i] == least;
   while (ties < equal && larger.count + ties < count && larger.sum + ties * static_cast<double>(least) < share) ++ties;
-  return Cut{least, ties, larger.sum + ties * static_cast<double>(least)};
+  return Cut{least, ties, ties >= equal, larger.sum + ties * static_cast<double>(least)};
 }
 
-// Token of a truncated row. `weights` holds one row, padded.
-int64_t draw_truncated(const Row& row, float* weights, int64_t padded, int64_t top_k, float top_p, float u,
-                       double* kept) {
+// Token of a truncated row. `weights` holds one row, padded; `sums` one number a chunk.
+int64_t draw_truncated(const Row& row, float* weights, float* sums, int64_t padded, int64_t top_k, float top_p,
+                       Uniform& numbers, double* kept) {
   for (int64_t i = 0; i < padded; i += kLanes) store(weights + i, row.weights(i));
   const int64_t count = top_k > 0 && top_k < row.size ? top_k : row.size;
   double share = HUGE_VAL;
@@ -139,16 +176,24 @@ int64_t draw_truncated(const Row& row, float* weights, int64_t padded, int64_t t
   }
   const Cut prefix = cut(weights, padded, count, share);
   *kept = prefix.sum;
-  const double point = static_cast<double>(u) * prefix.sum;
-  double before = 0;
-  int64_t ties = prefix.ties, last = 0;
-  for (int64_t i = 0; i < row.size; ++i) {
-    if (weights[i] < prefix.least || (weights[i] == prefix.least && ties-- <= 0)) continue;
-    before += weights[i];
-    last = i;
-    if (before > point) break;
+  if (!prefix.all_ties) {
+    int64_t ties = prefix.ties;
+    for (int64_t i = 0; i < row.size; ++i)
+      if (weights[i] == prefix.least && ties-- <= 0) weights[i] = 0;
   }
-  return last;
+  for (int64_t start = 0; start < padded; start += kChunk) {
+    Vec sum{};
+    for (int64_t i = start; i < start + kChunk && i < padded; i += kLanes) {
+      const Vec w = load(weights + i), held = w >= prefix.least ? w : Vec{};
+      store(weights + i, held);
+      sum += held;
+    }
+    sums[start / kChunk] = sum_of(sum);
+  }
+  return draw(row.size, sums, numbers, [&](int64_t chunk, float* out) {
+    for (int64_t i = 0; i < kChunk && chunk * kChunk + i < padded; i += kLanes)
+      store(out + i, load(weights + chunk * kChunk + i));
+  });
 }
 
 }  // namespace
@@ -181,6 +226,7 @@ int sample_token(const float* logits, const int64_t* seed, const int64_t* sequen
       double total = 0;
       for (int64_t c = 0; c < chunks; ++c) total += room[c] = chunk_sum(row, c * kChunk);
       const bool truncated = !greedy && ((top_k[i] > 0 && top_k[i] < vocabulary) || top_p[i] < 1);
+      Uniform numbers(seed[i], sequence[i], position[i]);
       int64_t drawn = 0;
       double kept = total;
       if (!(total < HUGE_VAL)) {
@@ -188,10 +234,12 @@ int sample_token(const float* logits, const int64_t* seed, const int64_t* sequen
       } else if (greedy) {
         while (x[drawn] != row.maximum) ++drawn;
       } else if (truncated) {
-        const float u = uniform(seed[i], sequence[i], position[i]);
-        drawn = draw_truncated(row, room + chunks, padded, top_k[i], top_p[i], u, &kept);
+        drawn = draw_truncated(row, room + chunks, room, padded, top_k[i], top_p[i], numbers, &kept);
       } else {
-        drawn = draw(row, room, total, uniform(seed[i], sequence[i], position[i]));
+        drawn = draw(vocabulary, room, numbers, [&](int64_t chunk, float* out) {
+          for (int64_t k = 0; k < kChunk && chunk * kChunk + k < vocabulary; k += kLanes)
+            store(out + k, row.weights(chunk * kChunk + k));
+        });
       }
       const double value = static_cast<double>((x[drawn] - row.maximum) * row.inverse);
       token[i] = drawn;

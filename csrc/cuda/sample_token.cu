@@ -1,7 +1,7 @@
 // One token a row from its logits on the GPU, one block a row. See kernels/sample_token.py for the contract.
 // The logits are read once: each warp keeps the maximum and the sum of exponentials of chunks of 1024, the block brings
-// the sums to one maximum, and the chunk that holds the drawn point is read again. A truncated row is read some twenty
-// times more: its cut is found by search over the bits of the smallest kept weight, without a sort.
+// the sums to one maximum, and the chunk that halving leads to is read again. A truncated row is read some twenty times
+// more: its cut is found by search over the bits of the smallest kept weight, without a sort.
 #include "../common/philox.h"
 #include "device.h"
 #include "ops.h"
@@ -268,12 +268,62 @@ __device__ __forceinline__ Cut truncate(const Row<T>& row, Shared& shared, int t
   return found;
 }
 
-// The same 24 bits as the reference: the top of the first word of Philox with counter (position, sequence) and key seed.
-__device__ float uniform(uint64_t seed, uint64_t sequence, uint64_t position) {
-  const Philox words =
-      philox(static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), static_cast<uint32_t>(sequence),
-             static_cast<uint32_t>(sequence >> 32), static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  return static_cast<float>(words.word[0] >> 8) * 0x1p-24f;
+// The row's numbers in [0, 1), a fresh one for every halving: 24 bits each of the words of Philox with counter
+// (position + 2^32 block, sequence) and key seed.
+struct Uniform {
+  uint64_t seed, sequence, position;
+  unsigned used = 0;
+  Philox words{};
+
+  __device__ __forceinline__ double next() {
+    const unsigned word = used % 4;
+    if (word == 0)
+      words = philox(static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32) + used / 4,
+                     static_cast<uint32_t>(sequence), static_cast<uint32_t>(sequence >> 32),
+                     static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    ++used;
+    const uint32_t early = word == 0 ? words.word[0] : words.word[1], late = word == 2 ? words.word[2] : words.word[3];
+    return ((word < 2 ? early : late) >> 8) * 0x1p-24;
+  }
+};
+
+// Where the row's numbers lead from [0, 2 half) among n masses, by halving, one warp: the upper half where the number
+// times the whole reaches the lower one. mass(i) is asked of lane i % 32 alone.
+template <typename Mass>
+__device__ __forceinline__ int halve(int n, int half, Uniform& numbers, Mass mass) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int start = 0;
+  for (; half > 0; half /= 2) {
+    double lower = 0, upper = 0;
+    for (int i = lane; i < n; i += 32) {
+      const double value = mass(i);
+      lower += i >= start && i < start + half ? value : 0.0;
+      upper += i >= start + half && i < start + 2 * half ? value : 0.0;
+    }
+    lower = warp_sum(lower);
+    upper = warp_sum(upper);
+    if (numbers.next() * (lower + upper) >= lower && upper > 0) start += half;
+  }
+  return start;
+}
+
+// The token that the row's numbers choose from a part of its weights, whose sums by chunk are in `shared.sum`, by
+// halving a power of two that holds the row: down to a chunk, to a lane's run of it, to a token. One warp.
+template <typename T>
+__device__ __forceinline__ int draw(const Row<T>& row, const Shared& shared, const Part& part, Uniform& numbers) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int half = 1;
+  while (half < row.size) half *= 2;
+  half /= 2;
+  const int first = halve(row.chunks, half / kChunk, numbers, [&](int c) { return shared.sum[c]; }) * kChunk;
+  half = half < kChunk ? half : kChunk / 2;
+  const auto weight = [&](int i) { return i < row.size ? part(row.weight(i), i) : 0.0f; };
+  double own = 0;
+  for (int i = 0; i < kOwn; ++i) own += weight(first + lane * kOwn + i);
+  const int run = first + halve(32, half / kOwn, numbers, [&](int) { return own; }) * kOwn;
+  half = half < kOwn ? half : kOwn / 2;
+  own = weight(run + lane);
+  return run + halve(32, half, numbers, [&](int) { return own; });
 }
 
 // Maximum of every chunk, and the sum of e^((x - that maximum) / temperature); then the row's maximum. The block.
@@ -313,8 +363,8 @@ __device__ __forceinline__ void read_row(Row<T>& row, Shared& shared) {
 // The token of a row that is greedy or has finite weights; *kept: the sum of the weights it was drawn from. Right in the
 // first warp. The block.
 template <typename T>
-__device__ __forceinline__ int choose(const Row<T>& row, Shared& shared, bool greedy, int top_k, float top_p, float u,
-                                      double* kept) {
+__device__ __forceinline__ int choose(const Row<T>& row, Shared& shared, bool greedy, int top_k, float top_p,
+                                      Uniform numbers, double* kept) {
   const bool truncated = !greedy && ((top_k > 0 && top_k < row.size) || top_p < 1);
   Part part{};
   int ties = 0;  // where not 0: first find the index of the last tie that is kept
@@ -334,7 +384,8 @@ __device__ __forceinline__ int choose(const Row<T>& row, Shared& shared, bool gr
     if (threadIdx.x < 32) {
       const double sum = ordered_sum(run_sum(row.chunks, [&](int c) { return shared.sum[c]; }));
       if (done && truncated) *kept = sum;
-      token = find_token(row, shared, !done ? ties - 0.5 : greedy ? 0.5 : u * sum, part);
+      const bool random = done && !greedy;
+      token = random ? draw(row, shared, part, numbers) : find_token(row, shared, done ? 0.5 : ties - 0.5, part);
       if (threadIdx.x == 0) shared.found = token;
     }
     if (done) break;
@@ -364,8 +415,9 @@ __global__ void __launch_bounds__(kThreads, 3) sample_rows(const T* logits, int 
   if (!valid || !(total > 0 && total < INFINITY)) {
     kept = NAN;  // a setting out of its range, NaN or +infinity among the logits, or nothing but -infinity
   } else {
-    const float u = uniform(settings.seed[b], settings.sequence[b], settings.position[b]);
-    token = choose(row, shared, greedy, top_k, top_p, u, &kept);
+    const Uniform numbers{static_cast<uint64_t>(settings.seed[b]), static_cast<uint64_t>(settings.sequence[b]),
+                          static_cast<uint64_t>(settings.position[b])};
+    token = choose(row, shared, greedy, top_k, top_p, numbers, &kept);
   }
   if (threadIdx.x == 0) {
     const double value = (row.logit(token) - row.maximum) * row.inverse;
