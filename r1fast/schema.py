@@ -308,6 +308,7 @@ class RecipeConfig(Strict):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0)  # CPU threads; 0: torch's own choice
+    profile: bool = False  # record two steps of every stage (r1fast/stages/profiling.py)
     data: str | None = None  # the file or dataset name that tasks without a path of their own read
     model: ModelConfig = ModelConfig()
     tasks: dict[str, TaskConfig]

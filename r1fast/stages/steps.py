@@ -25,6 +25,7 @@ from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
 from r1fast.parallel import world
 from r1fast.stages.nonfinite import Nonfinite
+from r1fast.stages.profiling import StepProfile
 from r1fast.stop import Stopped
 from r1fast.watchdog import Watchdog
 
@@ -114,10 +115,12 @@ class Steps:
 
     def __iter__(self) -> Iterator[int]:
         ctx, stop = self._ctx, self._ctx.stop
-        with Watchdog(self._timer or PhaseTimer(), ctx.log.directory, ctx.recipe.watchdog, stop.stalled):
+        watchdog = Watchdog(self._timer or PhaseTimer(), ctx.log.directory, ctx.recipe.watchdog, stop.stalled)
+        with watchdog, StepProfile(ctx, self.total - self.done) as profile:
             for step in range(self.done + 1, self.total + 1):
                 with stop.step():
                     yield step
+                    profile.step()
                     self.done = step
                     healthy = self._bad.look(step)
                     ends, due = world().any(stop.requested, self._due())
