@@ -77,18 +77,26 @@ void check_groups(const int32_t* cu_groups, int64_t groups, int64_t sequences) {
                                 ", the sequences of cu_seqlens, by at least 1");
 }
 
-void check_positions(const int64_t* positions, int64_t rows, int64_t limit) {
-  bool inside = true;
-  for (int64_t i = 0; i < rows; ++i) inside &= static_cast<uint64_t>(positions[i]) < static_cast<uint64_t>(limit);
-  if (!inside)
-    throw std::invalid_argument("rope: a position lies outside the tables, which have " + std::to_string(limit) +
-                                " rows");
+bool inside(const int64_t* values, int64_t count, int64_t limit) {
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) all &= static_cast<uint64_t>(values[i]) < static_cast<uint64_t>(limit);
+  return all;
+}
+
+void check_positions(const char* op, const int64_t* positions, int64_t rows, int64_t limit) {
+  if (!inside(positions, rows, limit))
+    throw std::invalid_argument(std::string(op) + ": a position lies outside the tables, which have " +
+                                std::to_string(limit) + " rows");
+}
+
+void check_slots(const char* op, const int64_t* slots, int64_t rows, int64_t limit) {
+  if (!inside(slots, rows, limit))
+    throw std::invalid_argument(std::string(op) + ": a slot lies outside the cache, which has " +
+                                std::to_string(limit));
 }
 
 void check_targets(const int64_t* targets, int64_t rows, int64_t vocabulary) {
-  bool inside = true;
-  for (int64_t i = 0; i < rows; ++i) inside &= static_cast<uint64_t>(targets[i]) < static_cast<uint64_t>(vocabulary);
-  if (!inside)
+  if (!inside(targets, rows, vocabulary))
     throw std::invalid_argument("linear_head: a target lies outside the vocabulary, which has " +
                                 std::to_string(vocabulary) + " words");
 }
@@ -142,10 +150,9 @@ PYBIND11_MODULE(_cpu, m) {
       "paged_append",
       [&ops](Address k, int64_t k_stride, Address v, int64_t v_stride, Address keys, Address values, Address slots,
              int64_t tokens, int64_t row, int64_t all_slots) {
-        if (!ops.paged_append(at<const float>(k), k_stride, at<const float>(v), v_stride, at<float>(keys),
-                              at<float>(values), at<const int64_t>(slots), tokens, row, all_slots))
-          throw std::invalid_argument("paged_append: a slot lies outside the cache, which has " +
-                                      std::to_string(all_slots));
+        check_slots("paged_append", at<const int64_t>(slots), tokens, all_slots);
+        ops.paged_append(at<const float>(k), k_stride, at<const float>(v), v_stride, at<float>(keys),
+                         at<float>(values), at<const int64_t>(slots), tokens, row);
       },
       Release());
   m.def(
@@ -238,9 +245,23 @@ PYBIND11_MODULE(_cpu, m) {
       [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address cos,
              Address sin, int64_t table_rows, Address positions, int64_t rows, int64_t heads, int64_t kv_heads,
              int64_t half, float turn, Address q_out, Address k_out) {
-        check_positions(at<const int64_t>(positions), rows, table_rows);
+        check_positions("rope", at<const int64_t>(positions), rows, table_rows);
         ops.rope(strided(q, q_row, q_head), strided(k, k_row, k_head), at<const float>(cos), at<const float>(sin),
                  at<const int64_t>(positions), rows, heads, kv_heads, half, turn, at<float>(q_out), at<float>(k_out));
+      },
+      Release());
+  m.def(
+      "rope_append",
+      [&ops](Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head, Address v,
+             int64_t v_row, int64_t v_head, Address cos, Address sin, int64_t table_rows, Address positions,
+             Address slots, int64_t all_slots, Address q_norm, Address k_norm, float eps, int64_t rows, int64_t heads,
+             int64_t kv_heads, int64_t half, Address q_out, Address keys, Address values) {
+        check_positions("rope_append", at<const int64_t>(positions), rows, table_rows);
+        check_slots("rope_append", at<const int64_t>(slots), rows, all_slots);
+        ops.rope_append({strided(q, q_row, q_head), strided(k, k_row, k_head), strided(v, v_row, v_head),
+                         at<const float>(cos), at<const float>(sin), at<const int64_t>(positions),
+                         at<const int64_t>(slots), at<const float>(q_norm), at<const float>(k_norm), eps, rows, heads,
+                         kv_heads, half, at<float>(q_out), at<float>(keys), at<float>(values)});
       },
       Release());
   m.def(

@@ -71,4 +71,16 @@ PYBIND11_MODULE(_cuda, m) {
                                   at<void>(stream)),
              "paged_append");
   });
+  m.def("rope_append", [](int type, Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row, int64_t k_head,
+                          Address v, int64_t v_row, int64_t v_head, Address cos, Address sin, int64_t table_rows,
+                          Address positions, Address slots, int64_t all_slots, Address q_norm, Address k_norm,
+                          float eps, int64_t rows, int64_t heads, int64_t kv_heads, int64_t half, Address q_out,
+                          Address keys, Address values, Address stream) {
+    raise_on(r1_cuda_rope_append(type, at<const void>(q), q_row, q_head, at<const void>(k), k_row, k_head,
+                                 at<const void>(v), v_row, v_head, at<const float>(cos), at<const float>(sin),
+                                 table_rows, at<const int64_t>(positions), at<const int64_t>(slots), all_slots,
+                                 at<const void>(q_norm), at<const void>(k_norm), eps, rows, heads, kv_heads, half,
+                                 at<void>(q_out), at<void>(keys), at<void>(values), at<void>(stream)),
+             "rope_append");
+  });
 }

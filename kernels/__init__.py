@@ -24,6 +24,7 @@ OP_MODULES = {
     "sample_token": "sample_token",
     "rms_norm": "rms_norm",
     "rope": "rope",
+    "rope_append": "rope_append",
     "swiglu": "swiglu",
 }
 _FROM_OP = ("Backend", "BackendError", "Case", "Op", "Tolerance", "register", "reset_choices", "use_backend")

@@ -108,20 +108,21 @@ def reference(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, sca
     return out.transpose(1, 2)[valid]
 
 
-def check_append(k, v, k_cache, v_cache, slot_mapping) -> None:
+def check_append(k, v, k_cache, v_cache, slot_mapping, op: str = "paged_append") -> None:
+    """`op` names the caller, where the write is part of another op."""
     if k.dim() != 3 or v.shape != k.shape or k_cache.dim() != 4 or k.shape[1] != k_cache.shape[2]:
         raise ValueError(
-            f"paged_append: k and v must be [T, Hkv, D] with the heads of the caches, "
+            f"{op}: k and v must be [T, Hkv, D] with the heads of the caches, "
             f"not {list(k.shape)} and {list(v.shape)} for {list(k_cache.shape)}"
         )
-    _check_cache("paged_append", k_cache, v_cache, k)
+    _check_cache(op, k_cache, v_cache, k)
     if slot_mapping.shape != k.shape[:1] or slot_mapping.dtype != torch.int64 or slot_mapping.device != k.device:
         raise ValueError(
-            f"paged_append: slot_mapping must be int64 [{k.shape[0]}] on {k.device}, "
+            f"{op}: slot_mapping must be int64 [{k.shape[0]}] on {k.device}, "
             f"not {slot_mapping.dtype} {list(slot_mapping.shape)} on {slot_mapping.device}"
         )
     if v.dtype != k.dtype or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("paged_append: k and v must be of one dtype, and the caches contiguous")
+        raise ValueError(f"{op}: k and v must be of one dtype, and the caches contiguous")
 
 
 def reference_append(k, v, k_cache, v_cache, slot_mapping) -> None:

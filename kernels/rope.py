@@ -20,23 +20,24 @@ from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
 
-def check(q, k, cos, sin, positions) -> None:
+def check(q, k, cos, sin, positions, op: str = "rope") -> None:
+    """`op` names the caller, where the rotation is part of another op."""
     if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[2] % 2:
         raise ValueError(
-            f"rope: q must be [T, Hq, D] and k [T, Hkv, D] with an even D, not {list(q.shape)} and {list(k.shape)}"
+            f"{op}: q must be [T, Hq, D] and k [T, Hkv, D] with an even D, not {list(q.shape)} and {list(k.shape)}"
         )
     if not q.is_floating_point() or k.dtype != q.dtype:
-        raise ValueError(f"rope: q and k must be float tensors of one dtype, not {q.dtype} and {k.dtype}")
+        raise ValueError(f"{op}: q and k must be float tensors of one dtype, not {q.dtype} and {k.dtype}")
     if cos.dim() != 2 or cos.shape[1] * 2 != q.shape[2] or sin.shape != cos.shape:
         raise ValueError(
-            f"rope: cos and sin must be [P, {q.shape[2] // 2}], half a head, "
+            f"{op}: cos and sin must be [P, {q.shape[2] // 2}], half a head, "
             f"not {list(cos.shape)} and {list(sin.shape)}"
         )
     if positions.shape != q.shape[:1] or positions.dtype != torch.int64:
-        raise ValueError(f"rope: positions must be int64 [{q.shape[0]}], not {positions.dtype} {list(positions.shape)}")
+        raise ValueError(f"{op}: positions must be int64 [{q.shape[0]}], not {positions.dtype} {list(positions.shape)}")
     device = q.device
     if k.device != device or cos.device != device or sin.device != device or positions.device != device:
-        raise ValueError("rope: q, k, cos, sin and positions must live on one device")
+        raise ValueError(f"{op}: q, k, cos, sin and positions must live on one device")
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def test_the_kernels_compiled_for_the_cpu(tmp_path, clean_environment):
         pytest.skip("no C++ compiler")
     environment = {**clean_environment, "R1FAST_EMULATED_CUDA": str(tmp_path), "PYTHONPATH": str(TESTS)}
     plugin = ["-p", "emulated_cuda.plugin", "-p", "no:cacheprovider"]
-    files = [str(TESTS / "test_kernels.py"), __file__]
+    files = [str(TESTS / "test_kernels.py"), str(TESTS / "test_paged.py"), __file__]
     command = [sys.executable, "-m", "pytest", *plugin, *files, "-k", "cuda-cpu or (test_cuda and not compiled)"]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
@@ -239,6 +239,7 @@ def test_compiled_kernels_use_no_stack():
 
 @pytest.mark.skipif(EMULATED or not BUILT or torch.cuda.is_available(), reason="built, and no driver is there")
 def test_a_launch_that_fails_raises_with_the_name_of_the_op():
-    for name, sizes in {"grpo_loss": 15, "sample_token": 14, "paged_attention": 19, "paged_append": 12}.items():
+    counts = {"grpo_loss": 15, "sample_token": 14, "paged_attention": 19, "paged_append": 12, "rope_append": 26}
+    for name, sizes in counts.items():
         with pytest.raises(RuntimeError, match=rf"^{name}: .*(driver|device)"):
             getattr(native.cuda(), name)(*[1] * sizes)

@@ -245,7 +245,8 @@ once = pytest.mark.skipif(interpreted(), reason="this is the child process")
 @once
 @pytest.mark.skipif(bool(interpreter_unavailable()), reason=str(interpreter_unavailable()))
 def test_triton_kernels_under_the_interpreter(clean_environment):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "triton-cpu"]
+    files = [__file__, str(Path(__file__).with_name("test_paged.py"))]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "triton-cpu"]
     environment = {**clean_environment, "TRITON_INTERPRET": "1"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]

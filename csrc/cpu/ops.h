@@ -19,6 +19,7 @@
   X(isa, rms_norm_forward)    \
   X(isa, rms_norm_backward)   \
   X(isa, rope)                \
+  X(isa, rope_append)         \
   X(isa, sample_token)        \
   X(isa, swiglu_forward)      \
   X(isa, swiglu_backward)     \
@@ -37,9 +38,9 @@
                  float* slope, float* stats);                                                                         \
   /* False when memory runs out */                                                                                    \
   bool linear_head(const HeadCall& call);                                                                             \
-  /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all_slots, row]; false for a slot outside */        \
-  bool paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,   \
-                    const int64_t* slots, int64_t tokens, int64_t row, int64_t all_slots);                            \
+  /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all slots, row]; slots: inside of the cache */        \
+  void paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,   \
+                    const int64_t* slots, int64_t tokens, int64_t row);                                               \
   /* One query a sequence. keys, values: [blocks, block, kv_heads, width]; tables: [sequences, columns]. */           \
   /* 0, or 1: the queries of a key head are too wide, 2: a context does not fit its table, 3: a block is outside */   \
   int paged_attention(const float* q, int64_t q_stride, const float* keys, const float* values,                       \
@@ -75,6 +76,8 @@
   /* positions: [rows], in [0, P); turn: 1, or -1 to rotate back */                                                   \
   void rope(Strided q, Strided k, const float* cos, const float* sin, const int64_t* positions, int64_t rows,         \
             int64_t heads, int64_t kv_heads, int64_t half, float turn, float* q_out, float* k_out);                   \
+  /* half <= 512 */                                                                                                   \
+  void rope_append(const RopeAppend& call);                                                                           \
   /* gate_up: [rows, 2 width], `row` apart; d_gate_up: [rows, 2 width]; out, d_out: [rows, width] */                  \
   void swiglu_forward(const float* gate_up, int64_t row, int64_t rows, int64_t width, float* out);                    \
   void swiglu_backward(const float* gate_up, int64_t row, const float* d_out, int64_t rows, int64_t width,            \
@@ -91,6 +94,17 @@ struct Strided {
 // Of a row of attention: its largest score, and 1 / sum of exp(score - largest).
 struct Softmax {
   float most, inverse;
+};
+
+// New tokens on their way to attention over the cache.
+struct RopeAppend {
+  Strided q, k, v;                      // [rows, heads or kv_heads, 2 half]
+  const float *cos, *sin;               // [P, half]
+  const int64_t *positions, *slots;     // [rows], in [0, P) and of the cache's slots
+  const float *q_norm, *k_norm;         // [2 half], or null: no norm
+  float eps;
+  int64_t rows, heads, kv_heads, half;
+  float *q_out, *keys, *values;         // [rows, heads, 2 half]; the cache, [slots, kv_heads, 2 half]
 };
 
 // Hidden states, the head, and a loss that hangs on each row's log-probability.

@@ -145,15 +145,12 @@ int paged_attention(const float* q, int64_t q_stride, const float* keys, const f
   return 0;
 }
 
-bool paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,
-                  const int64_t* slots, int64_t tokens, int64_t row, int64_t all_slots) {
-  for (int64_t t = 0; t < tokens; ++t)
-    if (slots[t] < 0 || slots[t] >= all_slots) return false;
+void paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,
+                  const int64_t* slots, int64_t tokens, int64_t row) {
   for (int64_t t = 0; t < tokens; ++t) {
     std::memcpy(keys + slots[t] * row, k + t * k_stride, row * sizeof(float));
     std::memcpy(values + slots[t] * row, v + t * v_stride, row * sizeof(float));
   }
-  return true;
 }
 
 }  // namespace R1_ISA

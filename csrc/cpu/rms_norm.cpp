@@ -4,8 +4,7 @@
 // also share each load of the weight and of its gradient's sum.
 // The weight's gradient is summed in two stages whose parts depend on the number of rows alone: fp32 within a part,
 // double over the parts in order. So any number of threads gives the same bits.
-#include <math.h>
-
+#include "norm.h"
 #include "ops.h"
 #include "scratch.h"
 
@@ -39,13 +38,13 @@ void forward_rows(Strided x, int64_t inner, const float* residual, const float* 
       squares[r] += s * s;
     }
   for (int64_t r = 0; r < R; ++r) {
-    scale[first + r] = 1.0f / sqrtf(sum_of(squares[r]) / static_cast<float>(width) + eps);
+    scale[first + r] = inverse_rms(squares[r], width, eps);
     if (residual) from[r] = total + (first + r) * width;
   }
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec w = load(weight + d, width - d);
     for (int64_t r = 0; r < R; ++r)
-      store(y + (first + r) * width + d, load(from[r] + d, width - d) * scale[first + r] * w, width - d);
+      store(y + (first + r) * width + d, normalised(load(from[r] + d, width - d), scale[first + r], w), width - d);
   }
 }
 

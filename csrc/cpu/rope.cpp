@@ -1,5 +1,7 @@
-// Rotary embedding of queries and keys in one pass. See kernels/rope.py for the contract.
+// Rotary embedding of queries and keys in one pass, alone (kernels/rope.py) and with what else a new token's q, k and v
+// need before attention over the cache: RMSNorm of each head, and the write of k and v (kernels/rope_append.py).
 // The gradient of a rotation is the rotation back, so `turn` = -1 is the backward pass.
+#include "norm.h"
 #include "ops.h"
 #include "simd.h"
 
@@ -8,6 +10,7 @@ namespace R1_ISA {
 namespace {
 
 constexpr int64_t kSerial = 1 << 16;  // elements under which threads cost more than they give
+constexpr int64_t kLargestHead = 1024;  // that rope_append normalises on its stack
 
 // HALF: known at compile time for the usual head sizes, so that a half of 8 takes one short vector; 0: `half` says.
 template <int64_t HALF>
@@ -35,7 +38,55 @@ void rotate_rows(Strided q, Strided k, const float* cos, const float* sin, const
   }
 }
 
+// A head, normalised first where a weight is given, as rms_norm and then rope would do it.
+template <int64_t HALF>
+inline void norm_and_rotate(const float* x, const float* weight, float eps, const float* cos, const float* sin,
+                            int64_t half, float* out) {
+  const int64_t width = HALF ? 2 * HALF : 2 * half;
+  float unit[kLargestHead];
+  if (weight) {
+    Vec squares{};
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const Vec v = load(x + d, width - d);
+      squares += v * v;
+    }
+    const float scale = inverse_rms(squares, width, eps);
+    for (int64_t d = 0; d < width; d += kLanes)
+      store(unit + d, normalised(load(x + d, width - d), scale, load(weight + d, width - d)), width - d);
+    x = unit;
+  }
+  rotate<HALF>(x, cos, sin, 1.0f, half, out);
+}
+
+template <int64_t HALF>
+void append_rows(const RopeAppend& call) {
+  const int64_t heads = call.heads, kv_heads = call.kv_heads, half = call.half, width = 2 * half;
+#pragma omp parallel for schedule(static) if (call.rows * (heads + 2 * kv_heads) * width > kSerial)
+  for (int64_t i = 0; i < call.rows; ++i) {
+    const float *cos = call.cos + call.positions[i] * half, *sin = call.sin + call.positions[i] * half;
+    for (int64_t h = 0; h < heads; ++h)
+      norm_and_rotate<HALF>(call.q.data + i * call.q.row + h * call.q.head, call.q_norm, call.eps, cos, sin, half,
+                            call.q_out + (i * heads + h) * width);
+    const int64_t place = call.slots[i] * kv_heads * width;
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      norm_and_rotate<HALF>(call.k.data + i * call.k.row + h * call.k.head, call.k_norm, call.eps, cos, sin, half,
+                            call.keys + place + h * width);
+      std::memcpy(call.values + place + h * width, call.v.data + i * call.v.row + h * call.v.head,
+                  width * sizeof(float));
+    }
+  }
+}
+
 }  // namespace
+
+void rope_append(const RopeAppend& call) {
+  const auto run = call.half == 8    ? append_rows<8>
+                   : call.half == 16 ? append_rows<16>
+                   : call.half == 32 ? append_rows<32>
+                   : call.half == 64 ? append_rows<64>
+                                     : append_rows<0>;
+  run(call);
+}
 
 void rope(Strided q, Strided k, const float* cos, const float* sin, const int64_t* positions, int64_t rows,
           int64_t heads, int64_t kv_heads, int64_t half, float turn, float* q_out, float* k_out) {

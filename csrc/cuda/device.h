@@ -51,6 +51,20 @@ __device__ __forceinline__ void load_pack(const T* from, float* to) {
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void store_pack(T* to, const float* from) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = bits_of(from[i]);
+    } else {
+      words[i] = from_float<T>(from[2 * i]).bits | static_cast<uint32_t>(from_float<T>(from[2 * i + 1]).bits) << 16;
+    }
+  }
+  *reinterpret_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+}
+
 #ifndef R1_EMULATED_CUDA
 // The block's one struct of shared memory.
 template <typename Shared>

@@ -38,4 +38,13 @@ int r1_cuda_paged_attention(const void* q, int64_t q_stride, const void* keys, c
 int r1_cuda_paged_append(const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* keys, void* values,
                          const int64_t* slots, int64_t tokens, int64_t row, int64_t all_slots, int64_t size,
                          void* stream);
+// q, k, v, q_out: [rows, heads or kv_heads, 2 half], the last without gaps; cos, sin: [table_rows, half]; keys, values:
+// [all_slots, kv_heads, 2 half]; q_norm, k_norm: [2 half], or null. For a position outside the tables q_out is NaN and
+// nothing is written; a slot outside the cache is left out
+int r1_cuda_rope_append(int type, const void* q, int64_t q_row, int64_t q_head, const void* k, int64_t k_row,
+                        int64_t k_head, const void* v, int64_t v_row, int64_t v_head, const float* cos,
+                        const float* sin, int64_t table_rows, const int64_t* positions, const int64_t* slots,
+                        int64_t all_slots, const void* q_norm, const void* k_norm, float eps, int64_t rows,
+                        int64_t heads, int64_t kv_heads, int64_t half, void* q_out, void* keys, void* values,
+                        void* stream);
 }

@@ -21,18 +21,20 @@ from r1fast.model.decoder_config import DecoderConfig
 from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.model.rope_scaling import rope_frequencies
 from r1fast_kernels import (
-    paged_append,
     paged_attention,
     prefix_attention,
     rms_norm,
     rope,
+    rope_append,
     swiglu,
     varlen_attention,
 )
 
 __all__ = ["Decoder", "DecoderConfig", "PagedKV", "PagedStep"]
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> [T,Hq,D]
+# (number of the layer, the layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D] as projected) -> [T,Hq,D]: with the norms of q
+# and k and the rotation, which generation fuses with the write into its cache
+Attend = Callable[[int, "Layer", Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
@@ -63,14 +65,11 @@ class Layer(nn.Module):
         self.down_proj = parameter(hidden, inner)
         self.down_bias = parameter(hidden, when=config.mlp_bias)
 
-    def attention(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def attention(self, index: int, x: Tensor, attend: Attend) -> Tensor:
         rows = x.shape[0]
         qkv = self.product("qkv_proj", x, self.qkv_bias).view(rows, -1, self.head_dim)
         q, k, v = qkv.split_with_sizes(self.split, 1)  # `split` is Python: 5 us more
-        if self.q_norm is not None:
-            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        q, k = rope(q, k, cos, sin, positions)
-        return self.product("o_proj", attend(index, q, k, v).reshape(rows, -1), self.o_bias)
+        return self.product("o_proj", attend(index, self, q, k, v).reshape(rows, -1), self.o_bias)
 
     def mlp(self, x: Tensor) -> Tensor:
         return self.product("down_proj", swiglu(self.product("gate_up_proj", x, self.gate_up_bias)), self.down_bias)
@@ -153,12 +152,15 @@ class Decoder(nn.Module):
             positions = packed_positions(cu_seqlens, tokens.shape[0])
         cos, sin = self.rope_tables(max_seqlen if cu_groups is None else 2 * max_seqlen)
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(_: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if layer.q_norm is not None:
+                q, k = rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)
+            q, k = rope(q, k, cos, sin, positions)
             if cu_groups is None:
                 return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
             return prefix_attention(q, k, v, cu_seqlens, cu_groups, max_seqlen)
 
-        return self._run(tokens, positions, cos, sin, attend)
+        return self._run(tokens, attend)
 
     forward = forward_packed  # so that a wrapper which calls the module (DDP, compile) gets the trained path
 
@@ -170,13 +172,15 @@ class Decoder(nn.Module):
         cos, sin = self.rope_tables(tables.shape[1] * kv.block_size)
         keys, values = kv.keys.unbind(0), kv.values.unbind(0)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            paged_append(k, v, keys[layer], values[layer], step.slots)
-            return paged_attention(q, keys[layer], values[layer], tables, step.context_lens, step.cu_seqlens_q)
+        def attend(index: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache = (keys[index], values[index])
+            norms = (layer.q_norm, layer.k_norm, layer.eps)
+            q = rope_append(q, k, v, cos, sin, step.positions, *cache, step.slots, *norms)
+            return paged_attention(q, *cache, tables, step.context_lens, step.cu_seqlens_q)
 
-        return self._run(step.tokens, step.positions, cos, sin, attend)
+        return self._run(step.tokens, attend)
 
-    def _run(self, tokens: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def _run(self, tokens: Tensor, attend: Attend) -> Tensor:
         eps, layers = self.config.norm_eps, list(self.layers)
         next_norms = [layer.input_norm for layer in layers[1:]] + [self.norm]
         residual = F.embedding(tokens, self.embedding)
@@ -184,7 +188,7 @@ class Decoder(nn.Module):
 
         def block(index: int, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             layer = layers[index]
-            x = layer.attention(index, x, cos, sin, positions, attend)
+            x = layer.attention(index, x, attend)
             x, residual = rms_norm(x, layer.post_norm, eps, residual=residual)
             return rms_norm(layer.mlp(x), next_norms[index], eps, residual=residual)
 

@@ -24,16 +24,16 @@ def build(folder: Path) -> Path:
     module = folder / "_cuda.so"
     if module.exists():
         return module
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX", "c++").split()
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     objects = []
     for source in [CSRC / "cuda_bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
         objects.append(str(folder / f"{source.stem}.o"))
         language = ["-x", "c++", "-include", str(HERE / "cuda_runtime.h")] if source.suffix == ".cu" else includes
-        subprocess.run([compiler, *flags, *language, "-c", str(source), "-o", objects[-1]], check=True)
+        subprocess.run([*compiler, *flags, *language, "-c", str(source), "-o", objects[-1]], check=True)
     fresh = folder / "_cuda.so.new"
-    subprocess.run([compiler, "-shared", *objects, "-o", str(fresh)], check=True)
+    subprocess.run([*compiler, "-shared", *objects, "-o", str(fresh)], check=True)
     return fresh.replace(module)
 
 
