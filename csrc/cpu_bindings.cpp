@@ -95,6 +95,26 @@ void check_slots(const char* op, const int64_t* slots, int64_t rows, int64_t lim
                                 std::to_string(limit));
 }
 
+void check_starts(const int32_t* starts, int64_t sequences, int64_t rows) {
+  bool rising = starts[0] == 0 && starts[sequences] == rows;
+  for (int64_t s = 0; s < sequences; ++s) rising &= starts[s + 1] >= starts[s];
+  if (!rising)
+    throw std::invalid_argument("paged_attention: cu_seqlens_q must ascend from 0 to " + std::to_string(rows) +
+                                ", the rows of q");
+}
+
+void check_attention(int status, int64_t columns, int64_t block, int64_t blocks) {
+  if (status == 1) throw std::invalid_argument("paged_attention: the queries of one key head are too wide");
+  if (status == 2)
+    throw std::invalid_argument("paged_attention: context_lens must lie in [1, " + std::to_string(columns * block) +
+                                "], what " + std::to_string(columns) + " blocks of " + std::to_string(block) + " hold");
+  if (status == 3)
+    throw std::invalid_argument("paged_attention: block_tables names a block outside the cache, which has " +
+                                std::to_string(blocks));
+  if (status == 4) throw std::bad_alloc();
+  if (status == 5) throw std::invalid_argument("paged_attention: a sequence has more queries than its context tokens");
+}
+
 void check_targets(const int64_t* targets, int64_t rows, int64_t vocabulary) {
   if (!inside(targets, rows, vocabulary))
     throw std::invalid_argument("linear_head: a target lies outside the vocabulary, which has " +
@@ -157,21 +177,15 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
   m.def(
       "paged_attention",
-      [&ops](Address q, int64_t q_stride, Address keys, Address values, Address tables, int64_t table_stride,
-             Address contexts, Address out, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t width,
-             int64_t blocks, int64_t block, int64_t columns, float scale) {
-        const int status = ops.paged_attention(at<const float>(q), q_stride, at<const float>(keys),
-                                               at<const float>(values), at<const int32_t>(tables), table_stride,
-                                               at<const int32_t>(contexts), at<float>(out), sequences, heads, kv_heads,
-                                               width, blocks, block, columns, scale);
-        if (status == 1) throw std::invalid_argument("paged_attention: the queries of one key head are too wide");
-        if (status == 2)
-          throw std::invalid_argument("paged_attention: context_lens must lie in [1, " +
-                                      std::to_string(columns * block) + "], what " + std::to_string(columns) +
-                                      " blocks of " + std::to_string(block) + " hold");
-        if (status == 3)
-          throw std::invalid_argument("paged_attention: block_tables names a block outside the cache, which has " +
-                                      std::to_string(blocks));
+      [&ops](Address q, int64_t q_row, Address keys, Address values, Address tables, int64_t table_row,
+             Address contexts, Address starts, Address out, int64_t rows, int64_t sequences, int64_t heads,
+             int64_t kv_heads, int64_t width, int64_t blocks, int64_t block, int64_t columns, float scale) {
+        if (starts) check_starts(at<const int32_t>(starts), sequences, rows);
+        const int status = ops.paged_attention(
+            {at<const float>(q), q_row, at<const float>(keys), at<const float>(values), at<const int32_t>(tables),
+             table_row, at<const int32_t>(contexts), at<const int32_t>(starts), at<float>(out), rows, sequences, heads,
+             kv_heads, width, blocks, block, columns, scale});
+        check_attention(status, columns, block, blocks);
       },
       Release());
   m.def(

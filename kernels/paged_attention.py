@@ -141,8 +141,6 @@ WIDEST_GROUP = 4096  # floats of the query heads that share a key head, which th
 def _cpu_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> str | None:
     if q.dtype != torch.float32:
         return f"it computes in float32, and q is {q.dtype}"
-    if cu_seqlens_q is not None:
-        return "it decodes: one query a sequence"
     if q.shape[1] // k_cache.shape[2] * q.shape[2] > WIDEST_GROUP:
         return f"the query heads of one key head hold more than {WIDEST_GROUP} numbers"
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
@@ -158,12 +156,14 @@ def _rows(x: Tensor) -> Tensor:
 def _cpu_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> Tensor:
     q, table, lens = _rows(q), block_tables, context_lens.contiguous()
     table = table if table.stride(1) == 1 else table.contiguous()
+    starts = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
     out = torch.empty(q.shape)
     rows, heads, width = q.shape
     blocks, block, kv_heads = k_cache.shape[:3]
     addresses = (q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), table.data_ptr(), table.stride(0))
-    sizes = (rows, heads, kv_heads, width, blocks, block, table.shape[1])
-    native.cpu().paged_attention(*addresses, lens.data_ptr(), out.data_ptr(), *sizes, scale or width**-0.5)
+    places = (lens.data_ptr(), 0 if starts is None else starts.data_ptr(), out.data_ptr())
+    sizes = (rows, len(lens), heads, kv_heads, width, blocks, block, table.shape[1])
+    native.cpu().paged_attention(*addresses, *places, *sizes, scale or width**-0.5)
     return out
 
 

@@ -41,12 +41,9 @@
   /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all slots, row]; slots: inside of the cache */        \
   void paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,   \
                     const int64_t* slots, int64_t tokens, int64_t row);                                               \
-  /* One query a sequence. keys, values: [blocks, block, kv_heads, width]; tables: [sequences, columns]. */           \
-  /* 0, or 1: the queries of a key head are too wide, 2: a context does not fit its table, 3: a block is outside */   \
-  int paged_attention(const float* q, int64_t q_stride, const float* keys, const float* values,                       \
-                      const int32_t* tables, int64_t table_stride, const int32_t* contexts, float* out,               \
-                      int64_t sequences, int64_t heads, int64_t kv_heads, int64_t width, int64_t blocks,              \
-                      int64_t block, int64_t columns, float scale);                                                   \
+  /* 0, or 1: the queries of a key head are too wide, 2: a context does not fit its table, 3: a block is outside, */  \
+  /* 4: memory ran out, 5: a sequence has more queries than its context has tokens */                                 \
+  int paged_attention(const PagedAttention& call);                                                                    \
   /* counters: [count, 4], keys: [count, 2], out: [count, 4] */                                                       \
   void philox_words(const uint32_t* counters, const uint32_t* keys, uint32_t* out, int64_t count);                    \
   /* logits: [rows, vocabulary], all others [rows]. 0, or which setting is out of its range: 1 temperature, */        \
@@ -94,6 +91,19 @@ struct Strided {
 // Of a row of attention: its largest score, and 1 / sum of exp(score - largest).
 struct Softmax {
   float most, inverse;
+};
+
+// Queries over the paged cache: of sequence s the rows starts[s] to starts[s + 1], the last of its context.
+struct PagedAttention {
+  const float* q;  // [rows, heads, width], `q_row` apart
+  int64_t q_row;
+  const float *keys, *values;  // [blocks, block, kv_heads, width]
+  const int32_t* tables;       // [sequences, columns], `table_row` apart
+  int64_t table_row;
+  const int32_t *contexts, *starts;  // [sequences], [sequences + 1] from 0 to rows, or null: one row each
+  float* out;                        // [rows, heads, width]
+  int64_t rows, sequences, heads, kv_heads, width, blocks, block, columns;
+  float scale;
 };
 
 // New tokens on their way to attention over the cache.

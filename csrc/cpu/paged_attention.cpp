@@ -1,74 +1,86 @@
-// Decode attention over the paged cache, and the write into it, in float32. See kernels/paged_attention.py.
-// Scores, softmax and the weighted sum go tile by tile with a running maximum (Milakov & Gimelshein 2018), so nothing is
-// gathered or stored per context.
+// Attention over the paged cache, and the write into it, in float32. See kernels/paged_attention.py.
+//
+// A row is one query of a sequence: the only one in decoding, one of several in a prefill. Positions are taken in tiles
+// of kTile from 0 on: scores, softmax against a running maximum (Milakov & Gimelshein 2018), weighted sum; so nothing is
+// gathered or stored per context, and a row's bits depend on its own context alone.
+// Rows that follow one another and whose tables begin alike (the samples of a prompt, the queries of a prefill) go
+// through the tiles they share together: keys and values then come from L1 for all but the first of them, where one by
+// one they would come from memory again for each (cf. Hydragen, Juravsky et al. 2024; FlashInfer's cascade).
 #include <cmath>
 #include <cstring>
 
 #include "ops.h"
-#include "simd.h"
+#include "scratch.h"
 
 namespace r1 {
 namespace R1_ISA {
 
 namespace {
 
-constexpr int kTile = 64;       // positions whose scores are held at once
-constexpr int kQueries = 4096;  // floats of one key head's queries, and of their sums, on the stack
+constexpr int kTile = 32;            // positions whose scores are held at once: 8 KiB of keys where a head has 64 numbers
+constexpr int64_t kQueries = 8192;   // floats of the queries that go together, and of their sums
+constexpr int64_t kTogether = 16;    // rows at most: more would leave threads without work
+constexpr int64_t kVectors = 4;      // of a row of values that are summed in registers at once, for two queries
 
-struct Cache {
-  const float *keys, *values;
-  int64_t block, kv_heads;
+struct Tile {
+  int count;
+  const float *keys[kTile], *values[kTile];
 };
 
-// WIDTH 0 takes the width at run time; the usual head widths are constants, which keeps whole heads in registers.
-template <int WIDTH>
-R1_INLINE float dot(const float* a, const float* b, int64_t width) {
-  const int64_t size = WIDTH ? WIDTH : width, whole = size / kLanes * kLanes;
-  Vec sum{};
-  for (int64_t i = 0; i < whole; i += kLanes) sum += load(a + i) * load(b + i);
-  float found = sum_of(sum);
-  for (int64_t i = whole; i < size; ++i) found += a[i] * b[i];
-  return found;
+// Rows first to last (excluded) of one key head's queries, whose first `shared` positions are the same blocks.
+struct Run {
+  int64_t first, last, shared;
+};
+
+// Lane i becomes a's or b's sum of the lanes i and i ^ STEP: of b where bit STEP of i is set.
+template <int STEP>
+R1_INLINE Vec fold(Vec a, Vec b) {
+  return by_bit<STEP>(a, b) + swapped<STEP>(by_bit<STEP>(b, a));
 }
 
-// sum = sum * keep + weights @ values over `count` positions, for the VECTORS * kLanes floats from `at` on.
-template <int VECTORS>
-R1_INLINE void add_part(float* sum, float keep, const float* weights, const float* const* values, int count,
-                        int64_t at) {
-  constexpr int kChains = VECTORS < 4 ? 4 / VECTORS : 1;  // independent sums, to cover the latency of an addition
-  Vec total[kChains][VECTORS] = {};
-  int p = 0;
-  for (; p + kChains <= count; p += kChains)
-    for (int c = 0; c < kChains; ++c)
-      for (int v = 0; v < VECTORS; ++v) total[c][v] += weights[p + c] * load(values[p + c] + at + v * kLanes);
-  for (; p < count; ++p)
-    for (int v = 0; v < VECTORS; ++v) total[0][v] += weights[p] * load(values[p] + at + v * kLanes);
-  for (int v = 0; v < VECTORS; ++v) {
-    Vec found = total[0][v];
-    for (int c = 1; c < kChains; ++c) found += total[c][v];
-    store(sum + at + v * kLanes, load(sum + at + v * kLanes) * keep + found);
-  }
+// Lane i of the result is the sum of v[i]'s lanes, added up in the same order for every i.
+R1_INLINE Vec sums_of(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 2) v[i / 2] = fold<1>(v[i], v[i + 1]);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes / 2; i += 2) v[i / 2] = fold<2>(v[i], v[i + 1]);
+  if (kLanes > 4)
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 4; i += 2) v[i / 2] = fold<4 % kLanes>(v[i], v[i + 1]);
+  if (kLanes > 8) v[0] = fold<8 % kLanes>(v[0], v[1]);
+  return v[0];
 }
 
-template <int WIDTH>
-R1_INLINE void add_values(float* sum, float keep, const float* weights, const float* const* values, int count,
-                          int64_t width) {
-  if constexpr (WIDTH > 0) {
-    add_part<WIDTH / kLanes>(sum, keep, weights, values, count, 0);
-  } else {
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) add_part<1>(sum, keep, weights, values, count, i);
-    for (; i < width; ++i) {
-      sum[i] *= keep;
-      for (int p = 0; p < count; ++p) sum[i] += weights[p] * values[p][i];
+// scores[r][p] = queries[r] . keys[p], for kLanes / ROWS positions from p on; those past the end repeat the last.
+template <int ROWS, int WIDTH>
+R1_INLINE void score_part(const float* queries, const Tile& tile, int p, int64_t width, float* scores) {
+  constexpr int kPositions = kLanes / ROWS;
+  const int64_t size = WIDTH ? WIDTH : width;
+  const float* keys[kPositions];
+#pragma GCC unroll 16
+  for (int i = 0; i < kPositions; ++i) keys[i] = tile.keys[p + i < tile.count ? p + i : tile.count - 1];
+  Vec sum[kLanes] = {};
+#pragma GCC unroll 1
+  for (int64_t d = 0; d < size; d += kLanes) {
+    Vec q[ROWS];
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r) q[r] = load(queries + r * size + d, size - d);
+#pragma GCC unroll 16
+    for (int i = 0; i < kPositions; ++i) {
+      const Vec k = load(keys[i] + d, size - d);
+#pragma GCC unroll 2
+      for (int r = 0; r < ROWS; ++r) sum[r * kPositions + i] += q[r] * k;
     }
   }
+  float found[kLanes];
+  store(found, sums_of(sum));
+  for (int r = 0; r < ROWS; ++r) std::memcpy(scores + r * kTile + p, found + r * kPositions, kPositions * sizeof(float));
 }
 
 // Softmax weights of one tile against a running maximum: scores become e^(score - maximum); returns their sum.
 R1_INLINE float exponentials(float* scores, int count, float* maximum) {
   for (int p = count; p % kLanes; ++p) scores[p] = -HUGE_VALF;
-  Vec highest = *maximum - Vec{};
+  Vec highest = all(*maximum);
   for (int p = 0; p < count; p += kLanes) highest = larger(load(scores + p), highest);
   *maximum = max_of(highest);
   Vec total{};
@@ -80,68 +92,190 @@ R1_INLINE float exponentials(float* scores, int count, float* maximum) {
   return sum_of(total);
 }
 
-// All query heads of one key head of one sequence.
-template <int WIDTH>
-void attend(const float* q, float* out, const Cache& cache, const int32_t* table, int64_t context, int64_t head,
-            int64_t group, int64_t width, float scale) {
-  float queries[kQueries], sums[kQueries], maxima[kQueries], totals[kQueries];
-  for (int64_t i = 0; i < group * width; ++i) queries[i] = q[i] * scale, sums[i] = 0;
-  for (int64_t h = 0; h < group; ++h) maxima[h] = -HUGE_VALF, totals[h] = 0;
-  for (int64_t start = 0; start < context; start += kTile) {
-    const int count = static_cast<int>(context - start < kTile ? context - start : kTile);
-    const float *keys[kTile], *values[kTile];
-    for (int p = 0; p < count;) {
-      const int64_t index = (start + p) / cache.block;
-      int64_t offset = (start + p) % cache.block;
-      for (; offset < cache.block && p < count; ++offset, ++p) {
-        const int64_t row = ((table[index] * cache.block + offset) * cache.kv_heads + head) * width;
-        keys[p] = cache.keys + row;
-        values[p] = cache.values + row;
-      }
-    }
-    for (int64_t h = 0; h < group; ++h) {
-      float scores[kTile];
-      for (int p = 0; p < count; ++p) scores[p] = dot<WIDTH>(queries + h * width, keys[p], width);
-      const float before = maxima[h];
-      const float total = exponentials(scores, count, &maxima[h]);
-      const float keep = exp_nonpositive(before - maxima[h]);
-      totals[h] = totals[h] * keep + total;
-      add_values<WIDTH>(sums + h * width, keep, scores, values, count, width);
+// sums[r] = sums[r] * keep[r] + weights[r] @ values, for VECTORS vectors of the rows from `at` on.
+template <int ROWS, int VECTORS>
+R1_INLINE void add_part(const float* weights, const float* keep, const Tile& tile, int64_t at, int64_t width,
+                        float* sums) {
+  Vec total[ROWS][VECTORS] = {};
+#pragma GCC unroll 1
+  for (int p = 0; p < tile.count; ++p) {
+    const float* value = tile.values[p] + at;
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      const Vec x = load(value + v * kLanes, width - at - v * kLanes);
+#pragma GCC unroll 2
+      for (int r = 0; r < ROWS; ++r) total[r][v] += weights[r * kTile + p] * x;
     }
   }
-  for (int64_t h = 0; h < group; ++h)
-    for (int64_t i = 0; i < width; ++i) out[h * width + i] = sums[h * width + i] / totals[h];
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = sums + r * width + at + v * kLanes;
+      const int64_t left = width - at - v * kLanes;
+      store(to, load(to, left) * keep[r] + total[r][v], left);
+    }
+}
+
+// One tile for ROWS queries: their sums, maxima and totals so far go on. ahead: the next tile, or null.
+template <int ROWS, int WIDTH>
+void visit(const float* queries, const Tile& tile, const Tile* ahead, int64_t width, float* sums, float* maxima,
+           float* totals) {
+  const int64_t size = WIDTH ? WIDTH : width;
+  float scores[ROWS * kTile], keep[ROWS];
+  for (int p = 0; p < tile.count; p += kLanes / ROWS) {
+    if (ahead)  // comes closer while this one's keys are multiplied
+      for (int i = p; i < p + kLanes / ROWS && i < ahead->count; ++i)
+        for (int64_t d = 0; d < size; d += 16) {
+          __builtin_prefetch(ahead->keys[i] + d);
+          __builtin_prefetch(ahead->values[i] + d);
+        }
+    score_part<ROWS, WIDTH>(queries, tile, p, size, scores);
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    const float before = maxima[r];
+    const float total = exponentials(scores + r * kTile, tile.count, maxima + r);
+    keep[r] = exp_nonpositive(before - maxima[r]);
+    totals[r] = totals[r] * keep[r] + total;
+  }
+  int64_t at = 0;
+  for (; at + kVectors * kLanes <= size; at += kVectors * kLanes)
+    add_part<ROWS, kVectors>(scores, keep, tile, at, size, sums);
+  for (; at < size; at += kLanes) add_part<ROWS, 1>(scores, keep, tile, at, size, sums);
+}
+
+struct Work {
+  const PagedAttention& call;
+  int64_t group;
+  const int64_t *sequence, *context;  // of each row
+
+  void find(int64_t row, int64_t head, int64_t start, Tile& tile) const {
+    const int32_t* table = call.tables + sequence[row] * call.table_row;
+    const int64_t left = context[row] - start;
+    tile.count = static_cast<int>(left < 0 ? 0 : left < kTile ? left : kTile);
+    for (int p = 0; p < tile.count;) {
+      int64_t offset = (start + p) % call.block;
+      const int64_t first = (table[(start + p) / call.block] * call.block + offset) * call.kv_heads + head;
+      for (int64_t at = first * call.width; offset < call.block && p < tile.count; ++offset, ++p) {
+        tile.keys[p] = call.keys + at;
+        tile.values[p] = call.values + at;
+        at += call.kv_heads * call.width;
+      }
+    }
+  }
+};
+
+// The queries of a run for one key head: shared tiles together, then each row's own.
+template <int WIDTH>
+void attend(const Work& work, const Run& run, int64_t head) {
+  const PagedAttention& call = work.call;
+  const int64_t width = WIDTH ? WIDTH : call.width, group = work.group, count = (run.last - run.first) * group;
+  alignas(64) float queries[kQueries], sums[kQueries];
+  float maxima[kQueries], totals[kQueries];
+  for (int64_t i = 0; i < count; ++i) {
+    const float* q = call.q + (run.first + i / group) * call.q_row + (head * group + i % group) * width;
+    for (int64_t d = 0; d < width; ++d) queries[i * width + d] = q[d] * call.scale, sums[i * width + d] = 0;
+    maxima[i] = -HUGE_VALF, totals[i] = 0;
+  }
+  const auto visit_rows = [&](int64_t first, int64_t last, const Tile& tile, const Tile* ahead) {
+    int64_t i = first;
+    for (; i + 2 <= last; i += 2, ahead = nullptr)
+      visit<2, WIDTH>(queries + i * width, tile, ahead, width, sums + i * width, maxima + i, totals + i);
+    if (i < last) visit<1, WIDTH>(queries + i * width, tile, ahead, width, sums + i * width, maxima + i, totals + i);
+  };
+  // All of `first` to `last` visit the tiles from position `start` to `end` of a row's table.
+  const auto visit_tiles = [&](int64_t row, int64_t start, int64_t end, int64_t first, int64_t last) {
+    Tile tiles[2];
+    int now = 0;
+    work.find(row, head, start, tiles[now]);
+    for (; start < end; start += kTile, now ^= 1) {
+      work.find(row, head, start + kTile, tiles[now ^ 1]);
+      visit_rows(first, last, tiles[now], &tiles[now ^ 1]);
+    }
+  };
+  visit_tiles(run.first, 0, run.shared, 0, count);
+  for (int64_t row = run.first; row < run.last; ++row)
+    visit_tiles(row, run.shared, work.context[row], (row - run.first) * group, (row - run.first + 1) * group);
+  for (int64_t i = 0; i < count; ++i) {
+    float* out = call.out + ((run.first + i / group) * call.kv_heads * group + head * group + i % group) * width;
+    for (int64_t d = 0; d < width; ++d) out[d] = sums[i * width + d] / totals[i];
+  }
+}
+
+// How many positions from 0 on two rows have in the same blocks, in whole tiles that both see.
+int64_t alike(const Work& work, int64_t a, int64_t b) {
+  const PagedAttention& call = work.call;
+  const int64_t least = work.context[a] < work.context[b] ? work.context[a] : work.context[b];
+  int64_t same = least;
+  if (work.sequence[a] != work.sequence[b]) {
+    const int32_t *x = call.tables + work.sequence[a] * call.table_row, *y = call.tables + work.sequence[b] * call.table_row;
+    for (same = 0; same < least && x[same / call.block] == y[same / call.block];) same += call.block;
+    same = same < least ? same : least;
+  }
+  return same / kTile * kTile;
+}
+
+// Cuts the rows into runs. A row joins while its share of the first row's tiles is not much less than theirs.
+int64_t find_runs(const Work& work, int64_t rows, Run* runs) {
+  const int64_t fit = kQueries / (work.group * work.call.width);
+  const int64_t together = fit < kTogether ? fit : kTogether;
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows;) {
+    Run run{row, row + 1, work.context[row] / kTile * kTile};
+    for (; run.last < rows && run.last - run.first < together; ++run.last) {
+      const int64_t same = alike(work, run.first, run.last);
+      if (same == 0 || (run.last - run.first > 1 && 2 * same < run.shared)) break;
+      run.shared = same < run.shared ? same : run.shared;
+    }
+    if (run.last == row + 1) run.shared = 0;
+    runs[count++] = run;
+    row = run.last;
+  }
+  return count;
+}
+
+// Sequence and context of each row; 2, 3 or 5 where the data are wrong, see ops.h.
+int place_rows(const PagedAttention& call, int64_t* sequence, int64_t* context) {
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t length = call.contexts[s];
+    if (length < 1 || length > call.columns * call.block) return 2;
+    for (int64_t b = 0; b * call.block < length; ++b) {
+      const int32_t block = call.tables[s * call.table_row + b];
+      if (block < 0 || block >= call.blocks) return 3;
+    }
+    const int64_t first = call.starts ? call.starts[s] : s, last = call.starts ? call.starts[s + 1] : s + 1;
+    if (last - first > length) return 5;
+    for (int64_t row = first; row < last; ++row) {
+      sequence[row] = s;
+      context[row] = length - (last - 1 - row);
+    }
+  }
+  return 0;
 }
 
 }  // namespace
 
-int paged_attention(const float* q, int64_t q_stride, const float* keys, const float* values, const int32_t* tables,
-                    int64_t table_stride, const int32_t* contexts, float* out, int64_t sequences, int64_t heads,
-                    int64_t kv_heads, int64_t width, int64_t blocks, int64_t block, int64_t columns, float scale) {
-  const int64_t group = heads / kv_heads;
-  if (group * width > kQueries) return 1;
+int paged_attention(const PagedAttention& call) {
+  const int64_t group = call.heads / call.kv_heads, width = call.width;
+  if (group * width > kQueries / 2) return 1;
+  Scratch memory;
+  if (!memory.reserve(call.rows * (2 * sizeof(int64_t) + sizeof(Run)) / sizeof(float))) return 4;
+  int64_t *sequence = reinterpret_cast<int64_t*>(memory.data()), *context = sequence + call.rows;
+  Run* runs = reinterpret_cast<Run*>(context + call.rows);
+  const int status = place_rows(call, sequence, context);
+  if (status) return status;
+  const Work work{call, group, sequence, context};
+  const int64_t count = find_runs(work, call.rows, runs);
   int64_t positions = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    if (contexts[s] < 1 || contexts[s] > columns * block) return 2;
-    for (int64_t b = 0; b * block < contexts[s]; ++b)
-      if (tables[s * table_stride + b] < 0 || tables[s * table_stride + b] >= blocks) return 3;
-    positions += contexts[s];
-  }
-  const Cache cache{keys, values, block, kv_heads};
-  // Contexts differ in length, so the items are dealt out one after another.
-#pragma omp parallel for schedule(dynamic, 4) if (positions * heads * width > 65536)
-  for (int64_t item = 0; item < sequences * kv_heads; ++item) {
-    const int64_t s = item / kv_heads, head = item % kv_heads;
-    const float* queries = q + s * q_stride + head * group * width;
-    float* target = out + (s * heads + head * group) * width;
-    const int32_t* table = tables + s * table_stride;
-    auto run = width == 16    ? attend<16>
-               : width == 32  ? attend<32>
-               : width == 64  ? attend<64>
-               : width == 128 ? attend<128>
-                              : attend<0>;
-    run(queries, target, cache, table, contexts[s], head, group, width, scale);
-  }
+  for (int64_t row = 0; row < call.rows; ++row) positions += context[row];
+  const auto run = width == 16    ? attend<16>
+                   : width == 32  ? attend<32>
+                   : width == 64  ? attend<64>
+                   : width == 128 ? attend<128>
+                                  : attend<0>;
+  // Runs differ in length, so the items are dealt out one after another.
+#pragma omp parallel for schedule(dynamic, 1) if (positions * call.heads * width > 65536)
+  for (int64_t item = 0; item < count * call.kv_heads; ++item) run(work, runs[item / call.kv_heads], item % call.kv_heads);
   return 0;
 }
 

@@ -67,6 +67,19 @@ R1_INLINE Vec swapped(Vec v) {
 #endif
 }
 
+// Lane i of a where bit STEP of i is not set, else of b: a blend whose mask the compiler knows.
+template <int STEP>
+R1_INLINE Vec by_bit(Vec a, Vec b) {
+#if defined(__clang__)
+  Vec w;
+  for (int i = 0; i < kLanes; ++i) w[i] = i & STEP ? b[i] : a[i];
+  return w;
+#else
+  const IntVec lane = lane_numbers();
+  return __builtin_shuffle(a, b, lane + ((lane & STEP) / STEP) * kLanes);
+#endif
+}
+
 R1_INLINE float sum_of(Vec v) {
   if (kLanes > 8) v += swapped<8 % kLanes>(v);
   if (kLanes > 4) v += swapped<4 % kLanes>(v);
