@@ -80,7 +80,7 @@ def _rotate_heads(
 ):  # fmt: skip
     """A tile of ROWS rows x HEADS heads a program, both halves of each head. turn: 1 forward, -1 back."""
     flat = tl.program_id(0) * ROWS * HEADS + tl.arange(0, ROWS * HEADS)
-    head = tl.program_id(1) * HEADS + flat % HEADS
+    head = (tl.program_id(1) * HEADS + flat % HEADS).to(tl.int64)  # heads may be the outer dimension of x
     row = (flat // HEADS).to(tl.int64)
     column = tl.arange(0, HALF)
     live = ((row < rows) & (head < heads))[:, None] & (column < half)[None, :]

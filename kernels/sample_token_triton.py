@@ -15,6 +15,9 @@ from r1fast_kernels.triton_support import jit, next_power_of_2, tl, where_triton
 
 FAR = 0x7FFFFFFF  # larger than any token
 LARGEST_TILE = 4096
+# Bounds that one pass of a truncating row tries: a third of the search's passes more than with 16, each of half the
+# work; and with 16 the compiler of Triton 3.6 spills 108 bytes (sm_80) where it now needs 64 registers of 16 warps.
+WAYS = 8
 
 
 @jit
@@ -245,7 +248,8 @@ def forward(logits, seed, sequence, position, temperature, top_k, top_p) -> tupl
         shared = (logits, *given, maxima, sums, token, found[0], found[1], width, tiles)
         half = next_power_of_2(width) // 2
         _draw[(rows,)](*shared, tile, next_power_of_2(tiles), half, FAR, num_warps=16 if tile > 1024 else 8)
-        block, warps = min(tile, 512), 16 if tile > 256 else 8
+        block = min(tile, 512)
+        warps = max(1, block // 32)  # a thread holds WAYS pairs of a weight and a bound
         blocks = next_power_of_2(-(-width // block))
-        _draw_truncated[(rows,)](*shared, next_power_of_2(tiles), half, block, blocks, 16, num_warps=warps)
+        _draw_truncated[(rows,)](*shared, next_power_of_2(tiles), half, block, blocks, WAYS, num_warps=warps)
     return token, found[0], found[1]

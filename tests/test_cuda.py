@@ -207,8 +207,9 @@ def test_the_kernels_compiled_for_the_cpu(tmp_path, clean_environment):
         pytest.skip("no C++ compiler")
     environment = {**clean_environment, "R1FAST_EMULATED_CUDA": str(tmp_path), "PYTHONPATH": str(TESTS)}
     plugin = ["-p", "emulated_cuda.plugin", "-p", "no:cacheprovider"]
-    files = [str(TESTS / "test_kernels.py"), str(TESTS / "test_paged.py"), __file__]
-    command = [sys.executable, "-m", "pytest", *plugin, *files, "-k", "cuda-cpu or (test_cuda and not compiled)"]
+    files = [str(TESTS / f"test_{name}.py") for name in ("kernels", "paged", "large_offsets")]
+    select = "cuda-cpu or (test_large_offsets and cuda) or (test_cuda and not compiled)"
+    command = [sys.executable, "-m", "pytest", *plugin, *files, __file__, "-k", select]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", child.stdout)[1]) >= 150

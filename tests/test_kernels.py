@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huge import on_linux, untouched
 from torch import Tensor
 
 import r1fast_kernels
@@ -35,9 +36,10 @@ def here() -> list[tuple[str, str, str]]:
     return found
 
 
-def runs(small: bool = False, gradient: bool = False, layout: bool = False):
+def runs(small: bool = False, gradient: bool = False, layout: bool = False, only: str | None = None):
     """One parameter per op, backend, device, dtype and case; `small`: no model sizes; `gradient`: ops with one;
-    `layout`: of what the binding does, not the kernel, so that the interpreter is only asked for tiny sizes."""
+    `layout`: of what the binding does, not the kernel, so that the interpreter is only asked for tiny sizes;
+    `only`: that size."""
     parameters = []
     for name, backend, device in here():
         if gradient and not OPS[name].gradients:
@@ -46,7 +48,7 @@ def runs(small: bool = False, gradient: bool = False, layout: bool = False):
             for case in OPS[name].cases():
                 # bf16 products return garbage under the interpreter; model-sized cases would take it minutes
                 slow = case.size == "model" and (small or interpreted() or EMULATED or backend == "reference")
-                slow = slow or (layout and interpreted() and case.size != "tiny")
+                slow = slow or (layout and interpreted() and case.size != "tiny") or only not in (None, case.size)
                 if slow or (interpreted() and dtype is torch.bfloat16):
                     continue
                 label = f"{name}-{backend}-{device}-{str(dtype)[6:]}-{case.size}-{case.name}".replace(" ", "_")
@@ -157,6 +159,32 @@ def test_input_with_gaps(op: Op, backend: str, device: str, dtype: torch.dtype, 
         compare(found, expected, op.tolerances[dtype])
 
 
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same values in rows of which the last lies beyond 2^31 elements. Only their own pages are ever there."""
+    step = (1 << 31) // (len(tensor) - 1) + 64
+    base = untouched(step * (len(tensor) - 1) + tensor[0].numel(), tensor.dtype)
+    return base.as_strided(tensor.shape, (step, *tensor[0].contiguous().stride())).copy_(tensor)
+
+
+@on_linux
+@runs(only="tiny")
+def test_rows_beyond_two_to_the_31_elements(op: Op, backend: str, device: str, dtype: torch.dtype, case: Case):
+    """One far argument at a time; what an op writes into too. (On a GPU: tests/test_large_offsets.py.)"""
+    if device != "cpu":
+        pytest.skip("the memory of a GPU is all there")
+    args = case.make(device, dtype, 6)
+    expected = results(op, in_double(copies(args)), "reference")
+    for i, value in enumerate(args):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0 or len(value) < 2:
+            continue
+        try:
+            found = results(op, (*copies(args[:i]), far_apart(value), *copies(args[i + 1 :])), backend)
+        except ValueError as error:
+            assert "contiguous" in str(error), f"argument {i}: {error}"
+            continue
+        compare(found, expected, op.tolerances[dtype])
+
+
 @runs(small=True)
 def test_twice_is_the_same_bit_for_bit_and_all_is_written(op, backend, device, dtype, case):
     """The second run starts on memory full of NaN, so whatever a kernel leaves unwritten differs."""
@@ -257,15 +285,41 @@ def test_triton_kernels_under_the_interpreter(clean_environment):
 @needs_triton
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_triton_kernels_compile_without_spills(architecture: int, clean_environment):
-    """Every launch of every case, compiled for a card that need not be here; the assembler reports spilled bytes."""
+    """Every launch of every case, compiled for a card that need not be here; the assembler reports spilled bytes.
+
+    No product of two sizes makes an address in 32 bits either, so rows beyond 2^31 elements are found.
+    """
     command = [sys.executable, str(Path(__file__).with_name("triton_compile.py")), str(architecture)]
     child = subprocess.run(command, env=clean_environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-4000:]
-    lines = re.findall(r"^(\S+) (\S+): (\d+) registers, (\d+) bytes spilled", child.stdout, re.MULTILINE)
+    form = r"^(\S+) (\S+): (\d+) registers, (\d+) bytes spilled, \d+ bytes shared, (\d+) narrow products"
+    lines = re.findall(form, child.stdout, re.MULTILINE)
     with_triton = {name for name, op in OPS.items() if "triton" in op.backends}
     assert with_triton <= {op for op, *_ in lines} and with_triton, child.stdout
-    spilling = [line for line in lines if int(line[3])]
-    assert not spilling
+    assert not [line for line in lines if int(line[3]) or int(line[4])]
+
+
+@needs_triton
+def test_a_narrow_product_in_an_address_is_found():
+    """Triton's own text of a kernel that reads row * width + column: the product taken in 32 bits, and in 64."""
+    from triton_compile import narrow_products
+
+    text = """
+    %c16_i32 = arith.constant 16 : i32 loc(#loc1)
+    %row = tt.get_program_id x : i32 loc(#loc2)
+    %tile = arith.muli %row, %c16_i32 : i32 loc(#loc3)
+    %column = tt.make_range {end = 16 : i32, start = 0 : i32} : tensor<16xi32> loc(#loc4)
+    %start = arith.muli %row, %width : i32 loc(#loc5)
+    %start_0 = tt.splat %start : i32 -> tensor<16xi32> loc(#loc5)
+    %tile_1 = tt.splat %tile : i32 -> tensor<16xi32> loc(#loc5)
+    %place = arith.addi %start_0, %tile_1 : tensor<16xi32> loc(#loc5)
+    %place_2 = arith.addi %place, %column : tensor<16xi32> loc(#loc5)
+    %x_3 = tt.splat %x : !tt.ptr<f32> -> tensor<16x!tt.ptr<f32>> loc(#loc6)
+    %x_4 = tt.addptr %x_3, %place_2 : tensor<16x!tt.ptr<f32>>, tensor<16xi32> loc(#loc6)
+    """
+    assert narrow_products(text) == ["%start"]
+    wide = text.replace("muli %row, %width : i32", "muli %row, %width : i64")
+    assert narrow_products(wide) == []
 
 
 @pytest.mark.parametrize("isa", ["generic", "x86_64_v3", "x86_64_v4"])

@@ -3,7 +3,8 @@
 `triton_compile.py 90` does all of them, `triton_compile.py 90 rope swiglu` those of two ops.
 
 Each launch is turned into Triton's warm-up, which goes through the ordinary front end (so the signature, alignment and
-constants are those of a real launch) and stops before loading. Prints registers and spilled bytes, as ptxas says them.
+constants are those of a real launch) and stops before loading. Prints registers and spilled bytes, as ptxas says them,
+and how many products of two sizes go into an address in 32 bits: such an address is wrong beyond 2^31 elements.
 """
 
 import re
@@ -49,6 +50,38 @@ def usage(ptx: str, architecture: int) -> tuple[int, int]:
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", log)))
 
 
+def narrow_products(ttir: str) -> list[str]:
+    """Names of the 32-bit products, of two numbers that are known only when the kernel runs, that lead to an address.
+
+    A product with a constant (a tile's place in one dimension) stays below that dimension's size. Results of loops and
+    branches are not looked behind.
+    """
+    made = {}
+    for line in ttir.splitlines():
+        found = re.match(r"\s*(%\w+) = (\S+) (.*?)(?: loc\(.*)?$", line)
+        if found:
+            name, made_by, rest = found.groups()
+            made[name] = (made_by, re.findall(r"%\w+", rest.split(" : ")[0]), rest)
+    constant = {name for name, (made_by, _, _) in made.items() if made_by == "arith.constant"}
+    for name, (made_by, operands, _) in made.items():
+        if made_by in ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi") and set(operands) <= constant:
+            constant.add(name)
+    behind, todo = set(), [operands[1] for made_by, operands, _ in made.values() if made_by == "tt.addptr"]
+    while todo:
+        name = todo.pop()
+        if name in made and name not in behind and made[name][0] not in ("tt.load", "arith.constant"):
+            behind.add(name)
+            todo += made[name][1]
+
+    def narrow(name: str) -> bool:
+        made_by, operands, rest = made[name]
+        return (
+            made_by == "arith.muli" and not set(operands) & constant and re.search(r"\bi32$|xi32>$", rest) is not None
+        )
+
+    return sorted(filter(narrow, behind))
+
+
 def launch_all(op, args: tuple) -> None:
     """Every launch that an op makes of these arguments: forward, backward, and without a gradient."""
     backend = op.backends["triton"]
@@ -87,9 +120,11 @@ def main(architecture: int, names: list[str]) -> None:
                 launch_all(op, case.make("cpu", dtype, 0))
         for (name, _), kernel in seen.items():
             registers, spilled = usage(kernel.asm["ptx"], architecture)
-            shared = kernel.metadata.shared
+            shared, narrow = kernel.metadata.shared, narrow_products(kernel.asm["ttir"])
             print(
-                f"{op.name} {name}: {registers} registers, {spilled} bytes spilled, {shared} bytes shared", flush=True
+                f"{op.name} {name}: {registers} registers, {spilled} bytes spilled, {shared} bytes shared, "
+                f"{len(narrow)} narrow products in addresses {' '.join(narrow)}",
+                flush=True,
             )
 
 

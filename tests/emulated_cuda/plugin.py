@@ -24,7 +24,7 @@ def build(folder: Path) -> Path:
     module = folder / "_cuda.so"
     if module.exists():
         return module
-    compiler = os.environ.get("CXX", "c++").split()
+    compiler = os.environ.get("CXX", "c++").split()  # it may be "ccache c++"
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     objects = []
