@@ -302,6 +302,12 @@ class WatchdogConfig(Strict):
     on_nonfinite: Literal["stop", "roll_back"] = "stop"  # ... the run ends, or goes on from its last snapshot's weights
 
 
+class ParallelConfig(Strict):
+    """How a run under torchrun is split; changes no result but for rounding."""
+
+    shard: Literal["none", "all"] = "none"  # all: weights, gradients and optimizer state over the ranks (FSDP2)
+
+
 class RecipeConfig(Strict):
     name: str
     description: str = ""
@@ -315,6 +321,7 @@ class RecipeConfig(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    parallel: ParallelConfig = ParallelConfig()
     rewards: RewardsConfig = RewardsConfig()
     plugins: list[str] = []  # Python files with rewards and tasks of one's own (r1fast/plugins.py)
     stages: dict[str, Stage]

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 from random import Random
 
 import torch
 
 from r1fast.learn.learner import Learner
 from r1fast.model.decoder import Decoder, DecoderConfig
+from r1fast.model.sharding import gathered, shard
 from r1fast.model.weights import clone
 from r1fast.schema import ObjectiveConfig, OptimizerConfig
+from r1fast.stages.steps import PolicyState
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
+AFTER_ONE: dict = {}  # state after the first step of the last `train`, whole
 SIZES = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 4, "kv_heads": 2}
 
 
-def train(objective: dict) -> tuple[list[float], list[torch.Tensor], float]:
-    """(losses of three steps of two mini-batches, the weights after them, the log-prob difference told)."""
+def train(
+    objective: dict, sharded: bool = False, saved: dict | None = None
+) -> tuple[list[float], list[torch.Tensor], float]:
+    """(losses of three steps of two mini-batches, the weights after them, the log-prob difference told).
+
+    saved: what `state` gave after the first step; the other two are then done."""
     model = Decoder(DecoderConfig(head_dim=4, **SIZES), dtype=torch.float64).initialize(3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         model.head.copy_(torch.randn(model.head.shape, generator=generator))
-    learner = Learner(model, OptimizerConfig(learning_rate=1e-3), 6)
     settings = ObjectiveConfig(**objective)
     reference = clone(model) if settings.kl_coef else None
-    losses, draw = [], Random(11)
+    if sharded:
+        shard(model)
+        if reference is not None:
+            shard(reference)
+    learner = Learner(model, OptimizerConfig(learning_rate=1e-3), 6)
+    losses, draw, update = [], Random(11), None
     for step in range(3):
+        if saved is not None and step == 1:
+            PolicyState(model).load_state_dict(saved["model"])
+            learner.load_state_dict(saved["learner"])
+        if saved is not None and step == 0:
+            [group(draw, "") for _ in range(6)]
+            continue
         update = learner.train_policy(
             [group(draw, f"{step} {i}") for i in range(6)],
             settings,
@@ -35,7 +53,11 @@ def train(objective: dict) -> tuple[list[float], list[torch.Tensor], float]:
             random=Random(step),
         )
         losses += [one.loss for one in update.steps]
-    return losses, [p.detach().clone() for p in model.parameters()], update.logprob_difference_mean
+        if step == 0:
+            AFTER_ONE.update(copy.deepcopy({"model": PolicyState(model).state_dict(), "learner": learner.state_dict()}))
+    with gathered(model):
+        weights = [p.detach().clone() for p in model.parameters()]
+    return losses, weights, update.logprob_difference_mean
 
 
 def group(draw: Random, name: str) -> RolloutGroup:

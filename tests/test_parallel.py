@@ -92,6 +92,33 @@ def test_ranks_give_the_losses_and_weights_of_one(size, objective):
     assert len({round(loss, 6) for loss in losses}) > 1
 
 
+SHARDED = """
+import learning
+losses, weights, _ = learning.train({"kl_coef": 0.05}, sharded=True)
+rest, ends, _ = learning.train({"kl_coef": 0.05}, sharded=True, saved=arguments[0])
+kinds = {type(value).__name__ for value in learning.AFTER_ONE["model"]["weights"].values()}
+result = losses, weights, rest, ends, learning.AFTER_ONE, kinds
+"""
+
+
+def test_sharded_ranks_too_and_their_state_is_anybodys():
+    """FSDP2 over two ranks: the losses and weights of one; what one process saved, two go on with, and the reverse."""
+    import learning
+
+    losses, weights, _ = learning.train({"kl_coef": 0.05})
+    found = run_ranks(2, SHARDED, dict(learning.AFTER_ONE))
+    for theirs, ends, rest, rest_ends, _, kinds in found:
+        assert theirs == pytest.approx(losses, abs=1e-9) and rest == pytest.approx(losses[2:], abs=1e-9)
+        assert kinds == {"Tensor"}
+        for ours, one, other in zip(weights, ends, rest_ends, strict=True):
+            torch.testing.assert_close(one, ours, rtol=0, atol=1e-9)
+            torch.testing.assert_close(other, ours, rtol=0, atol=1e-9)
+    again, ends, _ = learning.train({"kl_coef": 0.05}, saved=found[0][4])
+    assert again == pytest.approx(losses[2:], abs=1e-9)
+    for ours, one in zip(weights, ends, strict=True):
+        torch.testing.assert_close(one, ours, rtol=0, atol=1e-9)
+
+
 # -- the command under torchrun ---------------------------------------------------------------------------------------
 
 SETTINGS = {"checkpoint": {"steps": 1, "minutes": 0, "rollout_seconds": 0}}
@@ -142,9 +169,10 @@ def test_the_command_under_torchrun(one, tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_another_number(one, tmp_path):
+    """Its weights sharded before, whole after."""
     recipe, whole = one
     out = tmp_path / "run"
-    process = torchrun(2, out, recipe)
+    process = torchrun(2, out, recipe, "parallel.shard=all")
     log, waited = out / "metrics.jsonl", time.monotonic() + 120
     while not (log.is_file() and '"kind": "grpo", "step": 2,' in log.read_text()):
         assert process.poll() is None and time.monotonic() < waited

@@ -20,6 +20,7 @@ from r1fast.learn.packing import Row, pack
 from r1fast.learn.policy import train_policy
 from r1fast.learn.room import Room, merge_losses
 from r1fast.model.decoder import Decoder
+from r1fast.model.sharding import is_sharded, shared_like, synchronise, whole
 from r1fast.parallel import world
 from r1fast.types import StepStats
 
@@ -90,9 +91,13 @@ class Learner:
             found = self.room.each(own, work, merge_losses, undo=self._forget)
             return found if world().size == 1 else [_moved(one, "cpu") for one in found]
 
-        found = world().map(batches, share, costs)
+        if is_sharded(self.model):
+            found = self._accumulate_sharded(batches, loss, costs)
+        else:
+            found = world().map(batches, share, costs)
+            if world().size > 1:
+                world().add(self._gradients())
         if world().size > 1:
-            world().add(self._gradients())
             found = [_moved(one, self.parameters[0].device) for one in found]
         return Accumulated([value for value, _ in found], [told for _, told in found], sum(costs))
 
@@ -112,6 +117,24 @@ class Learner:
         for p in self.model.parameters():  # half weights, whose gradients backward was about to hand to their masters
             p.grad = None
 
+    def _accumulate_sharded(
+        self, batches: Sequence[PackedBatch], loss: Loss, costs: list[int]
+    ) -> list[tuple[Tensor, BatchStats | None]]:
+        """Every rank must go through as many backwards as any other: one that has no micro-batch left takes the
+        smallest once more, at weight zero, while it would wait."""
+        shares = world().share(costs)
+        mine, rounds = shares[world().rank], max(map(len, shares))
+        told = []
+        for i in range(rounds):
+            real = i < len(mine)
+            synchronise(self.model, last=i == rounds - 1)
+            value, stats = loss(self.model, batches[mine[i] if real else costs.index(min(costs))])
+            (value if real else value * 0.0).backward()
+            if real:
+                told.append((mine[i], _moved((value.detach(), stats), "cpu")))
+        found = dict(one for part in world().gather(told) for one in part)
+        return [found[i] for i in range(len(batches))]
+
     def apply(self, step: Accumulated) -> StepStats:
         """Clips and steps, unless something is not finite: then the step is counted as skipped and nothing changes.
 
@@ -119,7 +142,7 @@ class Learner:
         rows without gradient changes nothing.
         """
         gradients = self._gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         loss, norm, told = self._read(step, norm)
         rate = self.schedule(self.steps)
         self.steps += 1
@@ -143,6 +166,15 @@ class Learner:
                 p.grad = torch.zeros_like(p)
         return [p.grad for p in self.parameters]
 
+    def _own_share(self, saved: dict) -> dict:
+        """An optimizer's state of whole tensors, cut as this rank's parameters are."""
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = {
+            index: {k: shared_like(v, ordered[index]) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+            for index, values in saved["state"].items()
+        }
+        return {**saved, "state": state}
+
     @staticmethod
     def _read(step: Accumulated, norm: Tensor) -> tuple[float, float, dict[str, float]]:
         """Everything that the host needs of a step, in one synchronisation."""
@@ -165,7 +197,7 @@ class Learner:
     def state_dict(self) -> dict:
         """All that a resumed run needs besides the model's weights."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "steps": self.steps,
             "skipped": self.skipped,
             "total_steps": self.schedule.total_steps,
@@ -181,7 +213,7 @@ class Learner:
                 f"the saved learner was to run {state['total_steps']} steps, this one {self.schedule.total_steps}: "
                 f"resume with the same configuration, or start afresh"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._own_share(state["optimizer"]))
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.micro_batch_tokens, self.room.limit = state["micro_batch_tokens"], state["limit"]
         if self.masters is not None:

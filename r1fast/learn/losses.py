@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from r1fast.learn.room import Room
+from r1fast.model.sharding import gathered
 from r1fast.parallel import world
 from r1fast_kernels import grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
 
@@ -88,4 +89,5 @@ def log_probs(
         found = room.each(own, work, torch.cat)
         return found if world().size == 1 else [values.cpu() for values in found]
 
-    return world().map(batches, share, [batch.tokens.shape[0] for batch in batches])
+    with gathered(model):
+        return world().map(batches, share, [batch.tokens.shape[0] for batch in batches])

@@ -27,6 +27,7 @@ from r1fast.config import UserError
 from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import ARCHITECTURES, DecoderConfig, token_ids
 from r1fast.model.reward_model import RewardModel
+from r1fast.model.sharding import gathered
 from r1fast.parallel import world
 
 if TYPE_CHECKING:
@@ -246,7 +247,8 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerBase | None, path: str | 
 
     Atomic, and an existing folder of that name is replaced (see `_replace`). Safetensors in the model's dtype.
     """
-    _write(model.config, named_views(model), tokenizer, Path(path), {})
+    with gathered(model):
+        _write(model.config, named_views(model), tokenizer, Path(path), {})
 
 
 def save_reward_model(model: RewardModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path) -> None:

@@ -186,6 +186,13 @@ class Sampler:
         if session is not None:
             session.cancel_all()
 
+    def forget(self) -> None:
+        """Forget the prefixes of earlier calls: the next one computes all of its prompts, to the last bit as if it were
+        the first. RuntimeError in the middle of a call."""
+        self._check_idle()
+        if self.memory.pool is not None:
+            self.memory.pool.flush()
+
     def release(self) -> None:
         """Give up the cache, its prefixes and all buffers, on a GPU to the device; the next call takes them back.
 

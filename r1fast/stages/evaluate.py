@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from r1fast import rewards
+from r1fast.model.sharding import gathered
 from r1fast.parallel import world
 from r1fast.rewards.scoring import score
 from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample, Tally, unscored
@@ -277,7 +278,7 @@ def evaluate_stage(ctx: StageContext, model, tokenizer, step: int, sampler: Samp
     if not ctx.stage.evaluate:
         return None
     ctx.progress.note("evaluating")
-    with _answer_file(ctx) as answers:
+    with _answer_file(ctx) as answers, gathered(model):
         evaluator = Evaluator.of(ctx, model, tokenizer, sampler)
         result, main, general = evaluator.evaluate(ctx.recipe.evaluation, answers)
     log_evaluation(ctx, step, result, main, general)

@@ -21,6 +21,7 @@ from r1fast.learn.losses import policy_loss
 from r1fast.metrics import PhaseTimer
 from r1fast.model.decoder import Decoder
 from r1fast.model.lora import BasePolicy, add_adapters, merged
+from r1fast.model.sharding import gathered
 from r1fast.model.weights import clone, copy_weights
 from r1fast.parallel import world
 from r1fast.rewards.length import overlong_penalty
@@ -29,7 +30,7 @@ from r1fast.stages.alarms import Alarms
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
 from r1fast.stages.fitting import announce, fit, keep
-from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, start_model
+from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, spread, start_model
 from r1fast.stages.journal import Journal
 from r1fast.stages.reward_model import PreferenceReward
 from r1fast.stages.steps import PolicyState, RandomState, Steps
@@ -85,6 +86,9 @@ class GRPOStageRun:
         self.sampler = sampler_for(self.model, self.tokenizer)
         self.reference = self._reference()
         self.trained = self._trained_rewards()
+        for model in (self.model, self.reference):
+            if isinstance(model, Decoder):
+                spread(ctx, model)
         steps, together = stage.steps * stage.mini_batches * stage.epochs, stage.prompts_per_step * stage.group_size
         together = min(together, self.sampler.max_seqs)
         self.learner, self.plan = fit(ctx, self.model, self.model.config, steps, together)
@@ -102,7 +106,7 @@ class GRPOStageRun:
         state = {"model": PolicyState(self.model), "learner": self.learner, "random": RandomState(self.random)}
         state["alarms"] = self.alarms
         if isinstance(self.reference, Decoder):
-            state["reference"] = self.reference
+            state["reference"] = PolicyState(self.reference)
         return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.sources)}}
 
     def _reference(self) -> Decoder | BasePolicy | None:
@@ -169,7 +173,9 @@ class GRPOStageRun:
             with self.timer("score"):
                 return self._score(groups, [owner[i] for i in own])
 
-        groups = world().map(range(count), draw, [1.0] * count)
+        self.sampler.forget()  # or log-probs would depend, in their last bits, on what was sampled before
+        with gathered(self.model):
+            groups = world().map(range(count), draw, [1.0] * count)
         stop_above(groups, self.ctx.recipe.rewards.max_failures)
         if world().first and time.monotonic() - began >= self.ctx.recipe.checkpoint.rollout_seconds:
             self.journal.write(step, round_, groups)
@@ -304,7 +310,7 @@ class GRPOStageRun:
         protocol = self.ctx.recipe.evaluation
         task = self.ctx.tasks[protocol.task or next(iter(self.ctx.tasks))]
         problems = task.problems("validation", protocol.curve_limit, SEED)
-        with self.timer("evaluate"), merged(self.model):
+        with self.timer("evaluate"), gathered(self.model), merged(self.model):
             evaluator = Evaluator.of(self.ctx, self.model, self.tokenizer, self.sampler)
             got = evaluator.measure(task, problems, protocol.sampling, protocol.curve_samples)
         self.ctx.log.event(

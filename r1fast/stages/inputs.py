@@ -11,8 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import torch
+
 from r1fast.config import UserError
 from r1fast.learn.packing import Row, row_from_example
+from r1fast.model.sharding import shard
 from r1fast.model.tokenizer import apply_templates, decode, encode_completions, eos_token_ids, set_template
 from r1fast.model.weights import load
 from r1fast.parallel import world
@@ -48,6 +51,18 @@ def start_model(ctx: StageContext, source: str) -> tuple[Decoder, PreTrainedToke
     if source not in ctx.artifacts and template != "checkpoint":
         set_template(tokenizer, template)
     return model, tokenizer
+
+
+def spread(ctx: StageContext, model: Decoder) -> None:
+    """Splits the weights over the ranks where the recipe asks for it. UserError for what it was not made for."""
+    if world().size == 1 or ctx.recipe.parallel.shard == "none":
+        return
+    if getattr(ctx.stage, "adapters", None) is not None or model.dtype != torch.float32:
+        raise UserError(
+            f"stage {ctx.name!r}: parallel.shard=all splits float32 weights without adapters; set model.dtype=float32 "
+            f"and leave stages.{ctx.name}.adapters out, or parallel.shard=none"
+        )
+    shard(model)
 
 
 def encode_problems(

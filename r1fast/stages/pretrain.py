@@ -20,8 +20,8 @@ from r1fast.model.tokenizer import build_word_tokenizer, set_template
 from r1fast.model.weights import save
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import evaluate_stage
-from r1fast.stages.inputs import example_stream
-from r1fast.stages.steps import Steps
+from r1fast.stages.inputs import example_stream, spread
+from r1fast.stages.steps import PolicyState, Steps
 from r1fast.stages.supervised import SupervisedLog
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def run(ctx: StageContext) -> StageOutcome:
     )
     model = Decoder(config, device=ctx.device, dtype=ctx.torch_dtype)
     model.initialize(ctx.seed)
+    spread(ctx, model)
     learner = Learner(model, stage.optimizer, stage.steps)
 
     easy_steps = round(stage.curriculum * stage.steps)
@@ -77,7 +78,7 @@ def run(ctx: StageContext) -> StageOutcome:
     ctx.progress.stage(ctx.name, "pretrain", stage.steps)
     log = SupervisedLog(ctx, stage.steps, every=max(1, stage.steps // 150))
     timer = PhaseTimer()
-    loop = Steps(ctx, stage.steps, {"model": model, "learner": learner, "log": log}, timer)
+    loop = Steps(ctx, stage.steps, {"model": PolicyState(model), "learner": learner, "log": log}, timer)
     for step in range(loop.done):  # a corpus is an endless generator: it can only be wound forward
         next(easy if step < easy_steps else full)
     for step in loop:

@@ -13,8 +13,8 @@ from r1fast.model.lora import add_adapters
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.evaluate import evaluate_stage
 from r1fast.stages.fitting import announce, fit, keep
-from r1fast.stages.inputs import collect_examples, encode_examples, start_model
-from r1fast.stages.steps import Steps
+from r1fast.stages.inputs import collect_examples, encode_examples, spread, start_model
+from r1fast.stages.steps import PolicyState, Steps
 from r1fast.stages.supervised import SupervisedLog
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ def run(ctx: StageContext) -> StageOutcome:
     steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch_examples))
     if stage.adapters is not None:
         add_adapters(model, stage.adapters, ctx.seed)
+    spread(ctx, model)
     learner, plan = fit(ctx, model, model.config, steps)
     ctx.progress.stage(ctx.name, stage.kind, steps)
     announce(ctx, learner, plan, cross_entropy_loss)
     log, timer = SupervisedLog(ctx, steps, every=max(1, steps // 150)), PhaseTimer()
-    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log}, timer)
+    loop = Steps(ctx, steps, {"model": PolicyState(model), "learner": learner, "log": log}, timer)
     batches = supervised_steps(
         rows,
         first=loop.done,

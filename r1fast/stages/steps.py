@@ -23,6 +23,7 @@ import torch
 from r1fast import snapshot
 from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
+from r1fast.model.sharding import load_whole, whole
 from r1fast.parallel import world
 from r1fast.stages.nonfinite import Nonfinite
 from r1fast.stages.profiling import StepProfile
@@ -51,10 +52,10 @@ class PolicyState:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self._model.state_dict(), "version": self._model.weights_version}
+        return {"weights": whole(self._model.state_dict()), "version": self._model.weights_version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._model.load_state_dict(state["weights"])
+        load_whole(self._model, state["weights"])
         self._model.weights_version = state["version"]
 
 
@@ -140,10 +141,10 @@ class Steps:
         """A snapshot of the state as it is now."""
         ctx = self._ctx
         self.saved, self._saved_at = self.done, time.monotonic()
+        state = {name: part.state_dict() for name, part in self._state.items()}  # (of a sharded model: a collective)
         if not world().first:  # every rank holds the same
             return
         ctx.log.sync()
-        state = {name: part.state_dict() for name, part in self._state.items()}
         notes = {**ctx.snapshot_key, "stage": ctx.name, "lines": ctx.log.lines(ctx.name), "seconds": ctx.seconds()}
 
         def write(file: Path) -> None:
