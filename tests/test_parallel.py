@@ -193,8 +193,15 @@ def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_another_number(
     same_results(out, whole)
 
 
-def test_a_mistake_is_said_once(one, tmp_path):
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        (["stages.grpo.mix.0.task=nothing"], "'nothing'"),
+        (["parallel.shard=all", "model.dtype=bfloat16"], "splits float32 weights"),
+    ],
+)
+def test_a_mistake_is_said_once(one, tmp_path, mistake, words):
     recipe, _ = one
-    process = torchrun(2, tmp_path / "run", recipe, "stages.grpo.mix.0.task=nothing")
+    process = torchrun(2, tmp_path / "run", recipe, *mistake)
     told = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and told.count("error: ") == 1, told
+    assert process.returncode != 0 and told.count("error: ") == 1 and words in told, told
