@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -110,6 +110,14 @@ def peak_rate(size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
+def installed(name: str) -> str | None:
+    """The version of a package; None where it is not installed (the tables are made without peers, too)."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 class Results:
     """The machine's file, written after every step that was measured."""
 
@@ -120,7 +128,7 @@ class Results:
         self.path = RESULTS / f"{name}-vs_trl.json"
         self.data = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        self.data["machine"] = machine | {name: version(name) for name in ("trl", "transformers")}
+        self.data["machine"] = machine | {name: installed(name) for name in ("trl", "transformers")}
         self.data.setdefault("tried", {})
         self.data.setdefault("cases", {})
 
