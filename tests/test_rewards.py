@@ -341,6 +341,12 @@ HUGE = {
     "nulls": "\x00" * LARGE,
     "half a pair": "\ud800" * 1000,
     "newlines": "\n" * MEGABYTE,
+    "unclosed tags": "<think><answer>" * (MEGABYTE // 15),
+    "deep fractions": "\\boxed{" + "\\frac{1}{" * (LARGE // 9),
+    "closed deep fractions": "<answer>" + "\\frac{1}{" * 40 + "1" + "}" * 40 + "</answer>",
+    "deep roots": "<answer>" + "\\sqrt{" * 60 + "2" + "}" * 60 + "</answer>",
+    "brackets within brackets": "<answer>" + "(" * 200 + "1" + ")" * 200 + "</answer>",
+    "fences": "```python\n" * (LARGE // 10),
 }
 
 

@@ -22,6 +22,8 @@ _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit)\{([^{}]*)\}")
 _COMMAND_END = re.compile(r"(\\[A-Za-z]{1,20})\s+(?=[A-Za-z])")
 _CURRENCY = re.compile(r"(?<=[0-9])\s*(?:dollars?|USD|euros?|pounds)\s*$")
 _BASE = re.compile(r"[0-9]_\{?[0-9]+\}?$")
+DEEPEST = 20  # brackets within brackets; math-verify's parser takes exponential time from there (200 deep: for ever)
+_BRACKET = re.compile(r"[(){}\[\]]")
 _INTEGER = re.compile(r"-?[0-9]+")
 # A relation between two or more things, `5x - 7y + 11z + 4 = 0`: not the value 0, which math-verify would read in it.
 _EQUATION = re.compile(r"(?=[^=]*[A-Za-z])(?=[^=]*[0-9])[^=]*[+-][^=]*=0")
@@ -99,6 +101,15 @@ def _settled(found: str, gold: str) -> bool | None:
     return False if _EQUATION.fullmatch(ours) and "=" not in right else None
 
 
+def _depth(text: str) -> int:
+    """How deep brackets stand within brackets."""
+    deepest = depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket in "({[" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _far_apart(ours: list, gold: list) -> bool:
     """Whether both are plain numbers whose values differ by a thousandth and more: then no algebra makes them equal.
     Half of all wrong answers, at a twentieth of math-verify's time for them."""
@@ -146,6 +157,8 @@ class Math(Reward):
             return 0.0
         if (settled := _settled(found, right)) is not None:
             return float(settled)
+        if _depth(found) > max(DEEPEST, _depth(right)):
+            return 0.0
         right = right.replace(r"\$", "").rstrip(".")
         gold = _parsed(right)
         if not gold:
