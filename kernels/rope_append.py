@@ -101,7 +101,7 @@ def _place(
     known = (position >= 0) & (position < table_rows)
     part = tl.program_id(1)
     if part < q_parts:
-        head = part * HEADS + flat % HEADS
+        head = (part * HEADS + flat % HEADS).to(tl.int64)
         live = inside & (head < q_heads)
         first, second = _rotated(
             q, q_row, q_head, row, head, live, cos, sin, position, known, q_norm, column, half, eps, NORM
@@ -111,7 +111,7 @@ def _place(
         tl.store(q_out + to, first, mask=mask)
         tl.store(q_out + to + half, second, mask=mask)
     else:
-        head = (part - q_parts) * HEADS + flat % HEADS
+        head = ((part - q_parts) * HEADS + flat % HEADS).to(tl.int64)
         slot = tl.load(slot_mapping + row, mask=inside, other=-1)
         live = inside & (head < kv_heads) & known & (slot >= 0) & (slot < slots)
         first, second = _rotated(

@@ -22,8 +22,9 @@ def fresh_state():
 
 @pytest.fixture
 def clean_environment() -> dict[str, str]:
-    """The environment for a child process, without the variables that choose backends."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("R1FAST_", "TRITON_INTERPRET"))}
+    """The environment for a child process, without the variables that choose backends or say which worker this is."""
+    ours = ("R1FAST_", "TRITON_INTERPRET", "PYTEST_XDIST")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
 @pytest.fixture(scope="session")

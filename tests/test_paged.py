@@ -61,6 +61,8 @@ def test_every_head_size_where_it_lies(backend, width, dtype):
     norms = weights(width, dtype, RUNS_ON[backend])
     if OPS["rope_append"].refusal(backend, (*args, *norms, 1e-5)):
         pytest.skip("it has no such dtype")
+    if backend == "triton" and interpreted() and dtype is torch.bfloat16:
+        pytest.skip("the interpreter cuts bfloat16 off where a GPU rounds it")
     exact = [a.double() if a.is_floating_point() else a for a in (*args, *norms)]
     expected = rope_append(*exact, 1e-5, backend="reference")
     found = rope_append(*args, *norms, 1e-5, backend=backend)
