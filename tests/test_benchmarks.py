@@ -259,15 +259,16 @@ def test_codeforces_leaves_out_what_cannot_be_judged_by_output(tmp_path):
     needs("code")
     row = ROWS["codeforces"]
     others = [
-        {**row, "generated_checker": "import sys"},
         {**row, "interaction_format": "Ask."},
         {**row, "input_mode": "file"},
         {**row, "rating": None},
         {**row, "official_tests": []},
     ]
-    task = task_of(tmp_path, "codeforces", row, *others)
-    (problem,) = task.problems("test")
-    assert task.left_out == 5 and problem.answer["seconds"] == 1.0 and problem.meta["rating"] == 800
+    checked = {**row, "id": "1/B", "description": "Name a sum.", "generated_checker": "print(1)"}
+    task = task_of(tmp_path, "codeforces", row, checked, *others)
+    problem, with_checker = task.problems("test")
+    assert with_checker.answer["checker"] == "print(1)" and "checker" not in problem.answer
+    assert task.left_out == 4 and problem.answer["seconds"] == 1.0 and problem.meta["rating"] == 800
     assert "Example input\n1 1" in problem.text and "1 s and 256 MB" in problem.text
 
 

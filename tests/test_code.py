@@ -67,6 +67,7 @@ def test_the_program_is_found_in_linear_time(flood):
         ({"entry_point": "f"}, "no `test`"),
         ({"test_list": ["assert len([1]) == 1"]}, "calls no function"),
         ({"tests": [{"input": "", "output": ""}], "seconds": 0}, "seconds"),
+        ({"tests": [{"input": [1], "output": 1}], "function": "f", "checker": "print(1)"}, "cannot check calls"),
     ],
 )
 def test_a_reference_without_tests_is_a_failure(reference, said):
@@ -177,11 +178,22 @@ MBPP = {"test_list": ["assert add(1, 2) == 3", "assert add([1], [2]) == [1, 2]"]
 LONG = "x" * 3_000_000
 DEEP = "import sys\nsys.setrecursionlimit(10**6)\nf = lambda n: n and 1 + f(n - 1)\nf(9999)"
 F = {"function": "f"}
+CHECKER = """
+import sys
+given, right, written = (open(path).read().split() for path in sys.argv[1:])
+total, one, two = int(given[0]), *map(int, written)
+print(int(one + two == total and right == ["1", str(total - 1)]))
+"""
+SUMMANDS = {"tests": [{"input": "9", "output": "1 8"}], "checker": CHECKER, "seconds": 2}
 DIES_ONCE = "import os\ndef add(a, b): return 11 if a == 5 else os._exit(0)"
 RIGHT = "print(sum(map(int, input().split())))"
 CASES = {
     "right": (RIGHT, SUM, 1.0),
     "wrong": ("print(3)", SUM, 0.0),
+    "another right one": ("n = int(input())\nprint(n - 4, 4)", SUMMANDS, 1.0),
+    "right by no checker": ("print(1, 7)", SUMMANDS, 0.0),
+    "nothing for the checker": ("print('many')", SUMMANDS, 0.0),
+    "no room of the checker's": ("print(*open('/sandbox/correct_output.txt').read().split())", SUMMANDS, 0.0),
     "partly right": ("print(3)", {**SUM, "partial": True}, 0.5),
     "right, but a bad exit": (f"{RIGHT}\nexit(1)", SUM, 0.0),
     "right, with a good exit": (f"{RIGHT}\nquit()", SUM, 1.0),
@@ -225,6 +237,13 @@ def test_a_test_that_is_itself_broken_is_a_failure():
     assert score.value == 0.0 and "the test is broken: NameError" in score.error
     asks_nothing = {**broken, "test": "def check(candidate):\n    pass"}
     assert "never calls" in rewards.get("code").attempt("def f(): pass", asks_nothing).error
+
+
+@needs_bubblewrap
+def test_a_checker_that_does_not_end_says_nothing(monkeypatch):
+    monkeypatch.setattr("r1fast.rewards.programs.CHECKING", sandbox.Limits(seconds=0.2))
+    score = rewards.get("code").attempt("print(1, 8)", {**SUMMANDS, "checker": "while True: pass"})
+    assert "the problem's checker: no end within 0.2 s" in score.error
 
 
 def shortened(solution):

@@ -34,6 +34,7 @@ class Tests:
     limits: Limits
     partial: bool
     pairs: tuple[tuple[str, str], ...] = ()  # standard input, standard output
+    checker: str | None = None  # a program that says whether an output is right, where several are
     function: str | None = None
     calls: tuple[tuple[list, Any], ...] = ()  # arguments, what must come back
     check: Any = None  # programs.Check
@@ -84,14 +85,16 @@ def read_tests(reference: Reference) -> Tests:
         tests = [{"input": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
         return _listed(tests, reference.get("fn_name"), common)
     if "tests" in reference:
-        return _listed(reference["tests"], reference.get("function"), common)
+        return _listed(reference["tests"], reference.get("function"), common, reference.get("checker"))
     raise ValueError("the reference has no tests: none of `tests`, `inputs`, `entry_point` and `test_list`")
 
 
-def _listed(tests: Any, function: str | None, common: dict[str, Any]) -> Tests:
+def _listed(tests: Any, function: str | None, common: dict[str, Any], checker: Any = None) -> Tests:
     tests = list(tests)[:MOST_TESTS]
     if not tests:
         raise ValueError("the reference has no tests: the list is empty")
+    if function is not None and checker is not None:
+        raise ValueError(f"a `checker` reads what a program writes: it cannot check calls of {function!r}")
     pairs, calls = [], []
     for test in tests:
         if not isinstance(test, Mapping) or not {"input", "output"} <= test.keys():
@@ -102,7 +105,8 @@ def _listed(tests: Any, function: str | None, common: dict[str, Any]) -> Tests:
             calls.append((test["input"], test["output"]))
         else:
             raise ValueError(f"the `input` of a call of {function!r} is the list of its arguments")
-    return Tests(**common, function=function, pairs=tuple(pairs), calls=tuple(calls))
+    checker = None if checker is None else str(checker)
+    return Tests(**common, function=function, pairs=tuple(pairs), calls=tuple(calls), checker=checker)
 
 
 def _text(value: Any) -> str:
@@ -186,6 +190,7 @@ class Code(Reward):
 
     def deadline(self, reference: Reference) -> float | None:
         """Each test may take its seconds; queueing on a busy machine several times as much."""
+        from r1fast.rewards.programs import CHECKING
         from r1fast.rewards.watch import PATIENCE, STARTUP
 
         try:
@@ -193,7 +198,8 @@ class Code(Reward):
         except Exception:  # told by `judge`
             return None
         rounds = max(1, len(tests.pairs) or len(tests.calls))
-        return STARTUP + min(600.0, (PATIENCE + 1) * tests.limits.seconds * rounds)  # far beyond what happens
+        seconds = tests.limits.seconds + (CHECKING.seconds if tests.checker is not None else 0.0)
+        return STARTUP + min(600.0, (PATIENCE + 1) * seconds * rounds)  # far beyond what happens
 
     def judge(self, completion: str, reference: Reference) -> float:
         from r1fast.rewards.programs import run_calls, run_check, run_stdio
@@ -208,7 +214,7 @@ class Code(Reward):
         if tests.function is not None:
             outcomes = run_calls(source, tests.function, tests.calls, tests.limits, kind)
         else:
-            outcomes = (run_stdio(source, given, wanted, tests.limits, kind) for given, wanted in tests.pairs)
+            outcomes = (run_stdio(source, *pair, tests.limits, kind, tests.checker) for pair in tests.pairs)
         of = len(tests.calls) or len(tests.pairs)
         passed = endless = 0
         for outcome in outcomes:

@@ -22,6 +22,7 @@ from r1fast.rewards.inside import plain
 from r1fast.rewards.sandbox import Kind, Limits, SandboxError, Started, memory_file, start
 from r1fast.rewards.watch import POLL, Exceeded, Watch, pump
 
+CHECKING = Limits(seconds=10.0)  # of a problem's own checker
 TOLERANCE = 1e-6  # relative, or absolute below 1; only where the expected number is written as a fraction
 
 
@@ -56,27 +57,55 @@ class Pipes:
 # -- standard input and output --------------------------------------------------------------------------------------
 
 
-def run_stdio(source: str, given: str, expected: str, limits: Limits, kind: Kind) -> Outcome:
-    """Runs the program on `given`; it passes where it ends with exit code 0 and has written `expected`."""
+def run_stdio(
+    source: str, given: str, expected: str, limits: Limits, kind: Kind, checker: str | None = None
+) -> Outcome:
+    """Runs the program on `given`; it passes where it ends with exit code 0 and has written `expected`, or what the
+    problem's own `checker` takes."""
     try:
         code, output = execute(source, given, limits, kind)
     except Exceeded as error:
         return Outcome(False, str(error), exceeded=True)
     if code != 0:
         return Outcome(False, f"exit code {code}")
+    if checker is not None:
+        return _checked(checker, given, expected, output, kind)
     same = same_output(output.decode("utf-8", "replace"), expected)
     return Outcome(same, "" if same else "other output than expected")
 
 
-def execute(source: str, given: str, limits: Limits, kind: Kind) -> tuple[int, bytes]:
-    """(exit code, standard output) of a program. Exceeded where a limit ended it; SandboxError where it never began."""
+# What a checker finds beside it, in the order of its arguments (open-r1/codeforces: `generated_checker`).
+_CHECKED = ("input.txt", "correct_output.txt", "solution_output.txt")
+
+
+def _checked(checker: str, given: str, expected: str, output: bytes, kind: Kind) -> Outcome:
+    """What a problem's own checker says of an output, where several are right: it prints 1 and ends with exit code 0.
+    One that fails on what it reads has read no answer; one that does not end says nothing (ValueError).
+
+    It knows what is right, so it runs in a sandbox of its own, after that of the program is gone.
+    """
+    files = dict(zip(_CHECKED, (_bytes(given), _bytes(expected), output), strict=True))
+    try:
+        code, said = execute(checker, "", CHECKING, kind, files)
+    except Exceeded as error:
+        raise ValueError(f"the problem's checker: {error}") from None
+    passed = code == 0 and said.split()[:1] in ([b"1"], [b"1.0"])
+    return Outcome(passed, "" if passed else "the problem's checker does not take it")
+
+
+def execute(
+    source: str, given: str, limits: Limits, kind: Kind, files: dict[str, bytes] | None = None
+) -> tuple[int, bytes]:
+    """(exit code, standard output) of a program, its arguments the paths of `files`, which lie beside it. Exceeded
+    where a limit ended it; SandboxError where it never began."""
     with contextlib.ExitStack() as stack:
         ends = Pipes()
         stack.callback(ends.close)
         reader, writer = ends.pipe()
         stdin = memory_file(given.encode("utf-8", "surrogatepass"))
         stack.callback(os.close, stdin)
-        program = start("stdio", {"solution.py": _bytes(source)}, limits, kind, stdin=stdin, stdout=writer)
+        beside = {"solution.py": _bytes(source), **(files or {})}
+        program = start("stdio", beside, limits, kind, stdin=stdin, stdout=writer, arguments=tuple(files or ()))
         stack.callback(program.close)
         ends.close(writer)
         watch = Watch([program], limits)

@@ -101,11 +101,13 @@ def start(
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
     pipes: dict[str, int] | None = None,
+    arguments: tuple[str, ...] = (),
 ) -> Started:
-    """Starts inside/harness.py in `mode`, with `files` beside it. pipes: name -> descriptor that it is given."""
+    """Starts inside/harness.py in `mode`, with `files` beside it. pipes: name -> descriptor that it is given;
+    arguments: of the program, names of files."""
     pipes = dict(pipes or {})
     ready, pipes["ready"] = os.pipe()
-    job = json.dumps({"limits": limits.inside(), "pipes": pipes})
+    job = json.dumps({"limits": limits.inside(), "pipes": pipes, "arguments": arguments})
     files = {**{path.name: path.read_bytes() for path in (INSIDE / "harness.py", INSIDE / "plain.py")}, **files}
     temporary: list[int] = [pipes["ready"]]
     room = None

@@ -5,9 +5,9 @@
     harness.py check   runs a test whose candidate is the `serve` of another sandbox, and says how it ended
     harness.py probe   does nothing: whether it can be started is the question
 
-The second argument is JSON: {"limits": {RLIMIT_...: value}, "pipes": {name: descriptor}}. Only `check` knows what is
-right, and no untrusted code runs in it. What `serve` says is a claim about a result and nothing more: a program that
-takes the pipe over can send no other kind of thing.
+The second argument is JSON: {"limits": {RLIMIT_...: value}, "pipes": {name: descriptor}, "arguments": [file names]}.
+Only `check` and a problem's own checker (a `stdio`) know what is right, and no untrusted code runs in them. What
+`serve` says is a claim about a result and nothing more: a program that takes the pipe over can send no other thing.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PIPES = {}
+ARGUMENTS = []
 
 
 def set_limits(limits):
@@ -59,7 +60,7 @@ def read(name):
 
 def stdio():
     source = read("solution.py")
-    sys.argv = ["solution.py"]
+    sys.argv = ["solution.py", *(os.path.join(HERE, name) for name in ARGUMENTS)]
     ready()
     module("__main__", source, "solution.py")
 
@@ -166,6 +167,7 @@ def check():
 def main():
     mode, given = sys.argv[1], json.loads(sys.argv[2])
     PIPES.update(given["pipes"])
+    ARGUMENTS.extend(given["arguments"])
     close_others(PIPES.values())
     from _sitebuiltins import Quitter  # `python -S` leaves them out, and programs use them
 

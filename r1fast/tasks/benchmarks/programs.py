@@ -101,9 +101,9 @@ def _call(test: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def codeforces(row: Row, where: str, options: Any) -> Item | None:
-    """open-r1/codeforces. Left out: interactive problems, those that read files or want a checker of their own (several
-    outputs are right), and those without tests or rating."""
-    if maybe(row, "interaction_format", "generated_checker") or maybe(row, "input_mode") == "file":
+    """open-r1/codeforces; where several outputs are right the data set's own checker judges. Left out: interactive
+    problems, those that read files, and those without tests or rating."""
+    if maybe(row, "interaction_format") or maybe(row, "input_mode") == "file":
         return None
     tests = [{"input": t["input"], "output": t["output"]} for t in row.get("official_tests") or ()]
     if not tests or row.get("rating") is None:
@@ -113,6 +113,8 @@ def codeforces(row: Row, where: str, options: Any) -> Item | None:
         "seconds": float(row.get("time_limit") or 2.0),
         "memory_mb": int(float(row.get("memory_limit") or 256.0)),
     }
+    if checker := maybe(row, "generated_checker"):
+        reference["checker"] = checker
     sections = [text_of(row, "description", where)]
     for heading, key in (("Input", "input_format"), ("Output", "output_format")):
         sections.append(f"{heading}\n{maybe(row, key)}")

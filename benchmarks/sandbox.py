@@ -1,0 +1,95 @@
+"""`python -m benchmarks.sandbox`: what hostile programs cost honest ones in the same pool.
+
+Honest programs alone, then the same with every program of tests/hostile spread among them, in turn, several times; the
+time counts until the last honest one is scored. One JSON under benchmarks/results/sandbox/ a machine and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+from r1fast.rewards.pool import RewardPool
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = sorted((ROOT / "tests" / "hostile").glob("*/*.py"))
+HONEST = "n = int(input())\nprint(sum(i * i for i in range(n)) % 1000007, {mark!r})"
+
+
+class Timed(RewardPool):
+    """A pool that notes when the last of its `watched` items was scored."""
+
+    watched: frozenset[int] = frozenset()
+    done = 0.0
+
+    def _collect(self, scores, more):
+        super()._collect(scores, more)
+        if not self.done and all(scores[i] is not None for i in self.watched):
+            self.done = time.perf_counter()
+
+
+def honest(mark: str) -> tuple:
+    n = 20_000
+    right = f"{sum(i * i for i in range(n)) % 1000007} {mark}"
+    return "code", HONEST.format(mark=mark), {"tests": [{"input": str(n), "output": right}]}
+
+
+def hostile(path: Path, mark: str) -> tuple:
+    kind, call = path.parent.name, {"function": "f", "tests": [{"input": [3], "output": mark}]}
+    forms = {"stdio": {"tests": [{"input": "3", "output": mark}]}, "call": call}
+    check = {"prompt": "", "entry_point": "f", "test": f"def check(c):\n    assert c(3) == {mark!r}"}
+    return "code", f"```python\n{path.read_text()}```", forms.get(kind, check)
+
+
+def seconds(pool: Timed, count: int, mark: str, beside: bool) -> float:
+    """Until `count` honest programs are scored, with or without the hostile ones among them."""
+    items = [honest(f"{mark}-{i}") for i in range(count)]
+    if beside:
+        every = count // len(HOSTILE)
+        for number, path in reversed(list(enumerate(HOSTILE))):
+            items.insert(number * every, hostile(path, f"{mark} {number}"))
+    pool.watched, pool.done = frozenset(i for i, item in enumerate(items) if "range(n)" in item[1]), 0.0
+    began = time.perf_counter()
+    scores = pool.run(items)
+    right = [scores[i].value for i in pool.watched]
+    if sum(right) != count or sum(score.value for score in scores) != count:
+        raise SystemExit("an honest program failed, or a hostile one passed")
+    return pool.done - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--honest", type=int, default=970)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    alone, beside = [], []
+    with Timed() as pool:
+        seconds(pool, len(HOSTILE), "warm", False)
+        for turn in range(args.rounds):
+            alone.append(seconds(pool, args.honest, f"alone{turn}", False))
+            beside.append(seconds(pool, args.honest, f"beside{turn}", True))
+        lanes = pool.size
+    ratios = [b / a for a, b in zip(alone, beside, strict=True)]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    found = {
+        "commit": commit.strip(),
+        "lanes": lanes,
+        "honest": args.honest,
+        "hostile": len(HOSTILE),
+        "alone_s": alone,
+        "beside_s": beside,
+        "ratio": statistics.median(ratios),
+        "per_program_ms": statistics.median(alone) / args.honest * 1e3,
+    }
+    print(json.dumps(found, indent=1))
+    folder = ROOT / "benchmarks" / "results" / "sandbox"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"cpu-{commit.strip()}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
