@@ -18,26 +18,21 @@ from statistics import median
 import torch
 
 from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
-from r1fast.model.decoder import Decoder, DecoderConfig
+from benchmarks.sampling import SIZES, config
+from r1fast.model.decoder import Decoder
 from r1fast.rollout.sampler import Sampler, SamplingParams
 
-MODELS = {
-    "3M": DecoderConfig(512, 256, 640, layers=4, heads=4, kv_heads=2, head_dim=64, max_positions=1024),
-    "30M": DecoderConfig(8192, 512, 1536, layers=8, heads=8, kv_heads=4, head_dim=64, max_positions=1024),
-}
+MODELS = {name: config(name) for name in SIZES}
 # prompts, tokens of each, samples, tokens to draw
 CASES = ((1, 32, 1, 32), (1, 32, 8, 16), (8, 32, 8, 16), (8, 32, 32, 12), (4, 512, 1, 1), (4, 512, 16, 8))
 
 
 def measure(name: str, turns: int) -> list[dict]:
-    config, rng = MODELS[name], random.Random(0)
-    model = Decoder(config).initialize(0)
-    with torch.no_grad():
-        model.head.normal_(0, 1.5 * config.hidden_size**-0.5, generator=torch.Generator().manual_seed(1))
+    model, rng = Decoder(MODELS[name]).initialize(0), random.Random(0)
     samplers = [Sampler(model, exact=exact) for exact in (False, True)]
     found = []
     for prompts, length, samples, new in CASES:
-        tokens = [[rng.randrange(config.vocab_size) for _ in range(length)] for _ in range(prompts)]
+        tokens = [[rng.randrange(model.config.vocab_size) for _ in range(length)] for _ in range(prompts)]
         seconds, drawn = ([], []), []
         for turn in range(turns + 1):
             for sampler, times in zip(samplers, seconds, strict=True):

@@ -81,7 +81,7 @@ def generate(options: argparse.Namespace) -> None:
             status.close()
             if count.tokens and not count.done:
                 print(flush=True)
-            print(count.summary(), file=sys.stderr)
+            print(f"{count.summary()}; KV cache {sampler.memory.stated}", file=sys.stderr)
 
 
 def encode(tokenizer, text: str, options: argparse.Namespace) -> Prompt:

@@ -59,6 +59,7 @@ def test_one_sample_is_streamed(checkpoint, capsys):
     assert out == text + "\n"
     assert len(text.split()) >= 5
     assert err.startswith(f"{len(rollout.tokens)} tokens in ") and "tokens/s on cpu" in err
+    assert re.search(r"; KV cache \d+ tokens in \d blocks, 0\.\d MiB$", err)
 
 
 def test_text_appears_while_the_rest_is_still_to_be_drawn(checkpoint, monkeypatch):
@@ -94,7 +95,7 @@ def test_chat_goes_through_the_template_and_samples_are_numbered(checkpoint, cap
     assert out.splitlines() == [line for i, text in enumerate(texts, 1) for line in (f"--- {i} of 3", text)]
     assert len(set(texts)) == 3
     cut = sum(rollout.finish == "length" for rollout in rollouts)
-    assert cut and err.endswith(f"; {cut} of 3 reached --max-tokens or the context\n")
+    assert cut and f"; {cut} of 3 reached --max-tokens or the context; KV" in err
     assert err.startswith(f"{sum(len(rollout.tokens) for rollout in rollouts)} tokens in ")
 
 
@@ -127,7 +128,7 @@ def test_stop_strings_and_top_k(checkpoint, capsys):
 class Screen:
     """A terminal of `rows` lines, as far as generate speaks to one: text, and the codes of its status line."""
 
-    def __init__(self, rows, columns=100):
+    def __init__(self, rows, columns=140):
         self.lines, self.rows, self.columns = [""] * rows, rows, columns
         self.row, self.column, self.region, self.saved = rows - 2, 0, (0, rows - 1), None
         self.scrolled = []
@@ -257,7 +258,7 @@ def test_an_interrupt_keeps_what_was_drawn_and_leaves_the_terminal_as_it_was(che
     os.close(leader)
     assert process.wait(30) == 130
     text = shown.decode()
-    assert "\x1b[1;23r" in text and "Traceback" not in text and text.rstrip().endswith("; interrupted")
+    assert "\x1b[1;23r" in text and "Traceback" not in text and "; interrupted; KV cache" in text
     assert text.rindex("\x1b[r") > text.rindex(";1H\x1b[2K")  # the whole screen scrolls again, after the last line
 
 

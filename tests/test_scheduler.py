@@ -86,13 +86,25 @@ class Engine:
         for sequence in list(self.running):
             self.record(sequence, self.read(sequence.table, length[sequence] + 1))
 
-    def run(self, requests):
+    def cancel(self, index):
+        for sequence in self.scheduler.cancel(index):
+            assert not sequence.table
+            del self.running[sequence]
+
+    def run(self, requests, cancels=()):
+        """cancels: (step, request index)."""
         for request in requests:
             names = tuple(block_names(b"", request.prompt, self.pool.block_size))
             self.scheduler.add(replace(request, names=names))
         steps = 0
         while not self.scheduler.done:
+            for step, index in cancels:
+                if step == 2 * steps:
+                    self.cancel(index)
             self.prefill()
+            for step, index in cancels:
+                if step == 2 * steps + 1:
+                    self.cancel(index)
             self.decode()
             self.pool.check(self.scheduler.tables())
             steps += 1
@@ -134,6 +146,28 @@ def test_any_pool_gives_what_direct_computation_gives(seed, size, spare, max_seq
     assert engine.widest <= max_seqs
     assert engine.longest <= prefill_tokens
     assert sorted(engine.completed) == list(range(count))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), size=st.integers(1, 4), spare=st.integers(0, 10), max_seqs=st.integers(1, 12),
+    prefill_tokens=st.integers(1, 12), cancels=st.lists(st.tuples(st.integers(0, 24), st.integers(0, 9)), max_size=6),
+)  # fmt: skip
+def test_cancels_at_any_moment_leave_the_others_right(seed, size, spare, max_seqs, prefill_tokens, cancels):
+    """Prompts begin alike, so that some read blocks which a cancelled one was to compute."""
+    rng = random.Random(seed)
+    stem = [rng.randrange(VOCABULARY) for _ in range(12)]
+    requests = [
+        replace(request, prompt=(*stem[: rng.randint(0, 12)], *request.prompt))
+        for request in make_requests(rng, 10, longest=4)
+    ]
+    blocks = max(-(-(len(r.prompt) + r.limit) // size) for r in requests) + spare
+    engine = Engine(blocks, size, max_seqs, prefill_tokens)
+    results = engine.run(requests, cancels)
+    gone = {index for _, index in cancels}
+    right = {(r.index, s): expected(r, s) for r in requests for s in range(r.samples)}
+    assert results == {key: right[key] for key in results}
+    assert {key for key in right if key[0] not in gone} <= set(results)
 
 
 def test_a_tight_pool_preempts_and_changes_nothing():

@@ -1,11 +1,15 @@
 """Text as it arrives: characters of several tokens, and stop strings across every kind of boundary."""
 
+import random
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from r1fast.model.tokenizer import build_word_tokenizer, decode, silent_tokens
-from r1fast.rollout.text import TextStream, shown_text
+from r1fast.rollout.text import StopStrings, TextStream, shown_text
 
 WORDS = ["stop", "st", "op", "a", "é", "你好", "\U0001f600"]
 
@@ -64,6 +68,55 @@ def test_the_first_token_that_completes_a_stop_string_is_the_last(text, after, s
         if not min_tokens:
             assert not any(stop in shown for stop in stops)
     assert shown == shown_text(tokens, text_of_bytes, stops, min_tokens)
+    assert watched(tokens, StopStrings(text_of_bytes, stops, min_tokens)) == count
+
+
+def watched(tokens, stops):
+    """Where a watch that puts tokens off ends them."""
+    watch = stops.watch()
+    for count, token in enumerate(tokens, 1):
+        if watch.push(token):
+            return count
+        watch.take()
+    return None
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level BPE tokenizer as real ones are, of a few hundred tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = ["the answer is <answer> 42 </answer>\n\nUser: 你好 é naïve tokens, and the other answers"] * 3
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def test_tokens_that_are_put_off_change_nothing_and_save_most_decoding(byte_level):
+    rng, calls = random.Random(0), []
+
+    def text_of(tokens):
+        calls.append(tokens)
+        return decode(byte_level, tokens)
+
+    many = [[rng.randrange(len(byte_level)) for _ in range(150)] for _ in range(60)]
+    many += [byte_level.encode("so the answer is <answer> 42 </answer>\n\nUser: 你好")] * 3
+    ended, all_stops = 0, [("</answer>",), ("你",), ("er ", "\n\n"), ("s",), ("e t", "42 <")]
+    for stops in all_stops:
+        one = StopStrings(text_of, stops)
+        for tokens in many:
+            count, _ = kept(tokens, stops, text_of=lambda ids: decode(byte_level, ids))
+            assert watched(tokens, one) == count
+            ended += count is not None
+    assert ended > 60
+    one = StopStrings(text_of, ("</answer>",))
+    for tokens in many:
+        watched(tokens, one)
+    calls.clear()
+    for tokens in many:
+        watched(tokens, one)
+    assert len(calls) < sum(map(len, many))  # two a token without
 
 
 @settings(max_examples=200, deadline=None)

@@ -55,8 +55,7 @@ class KVMemory:
             self.kv = PagedKV.allocate(config, blocks, self.block_size, device, dtype)
             self.pool = BlockPool(blocks, self.block_size)
             of = "as kv_blocks asks" if free is None else f"of {free / 2**20:,.0f} MiB free"
-            size = f"{blocks * self.block_size:,} tokens in {blocks:,} blocks, {self.bytes / 2**20:,.1f} MiB"
-            log.info("KV cache on %s: %s %s", device, size, of)
+            log.info("KV cache on %s: %s %s", device, self.stated, of)
 
     def restamp(self) -> None:
         """Look at the weights anew; blocks of others are free. To be called when no sequence is in the pool."""
@@ -71,6 +70,12 @@ class KVMemory:
         self.kv = self.pool = None
         if device is not None and device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def stated(self) -> str:
+        """How large the cache is, for people."""
+        blocks = 0 if self.pool is None else self.pool.blocks
+        return f"{blocks * self.block_size:,} tokens in {blocks:,} blocks, {self.bytes / 2**20:,.1f} MiB"
 
     @property
     def bytes(self) -> int:

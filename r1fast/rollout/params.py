@@ -17,7 +17,7 @@ import numpy as np
 
 from r1fast.config import UserError
 from r1fast.rollout.scheduler import Request
-from r1fast.rollout.text import TextStream
+from r1fast.rollout.text import StopStrings
 from r1fast.types import Prompt
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ class Reader:
                         f"stop at it with stop_token_ids=({token},)"
                     )
 
-    def text(self, params: SamplingParams) -> TextStream | None:
-        """A fresh watch over one sample's text; None where it has no stop strings."""
-        return TextStream(self.text_of, params.stop, params.min_tokens) if params.stop else None
+    def stop_strings(self, params: SamplingParams) -> StopStrings | None:
+        """What watches over the samples of a request; None where it has no stop strings."""
+        return StopStrings(self.text_of, params.stop, params.min_tokens) if params.stop else None
 
     @property
     def text_of(self) -> Callable[[list[int]], str]:

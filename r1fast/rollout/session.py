@@ -31,6 +31,7 @@ from r1fast.rollout.memory import KVMemory, WeightsWatch
 from r1fast.rollout.params import Reader, SamplingParams, as_prompt
 from r1fast.rollout.scheduler import Chunk, Request, Scheduler
 from r1fast.rollout.scheduler import Sequence as Running
+from r1fast.rollout.text import StopStrings
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
 
@@ -42,6 +43,7 @@ class Open:
     prompt: Prompt
     params: SamplingParams
     streamed: bool
+    stops: StopStrings | None = None
     rollouts: dict[int, Rollout] = field(default_factory=dict)  # by sample
 
 
@@ -222,9 +224,9 @@ class Session:
         for one in arrived:
             request = one.request
             names = tuple(block_names(self._memory.stamp, request.prompt, size))
-            one.request = replace(request, names=names)
+            one.request, one.stops = replace(request, names=names), self._reader.stop_strings(one.params)
             self._open[request.index] = one
-            self._attended += one.streamed or bool(one.params.stop)
+            self._attended += one.streamed or one.stops is not None
             self._scheduler.add(one.request)
 
     def _end(self, number: int) -> None:
@@ -233,7 +235,7 @@ class Session:
         if gone:
             self._batch.remove([row for row, sequence in enumerate(self._batch.sequences) if sequence in gone])
         one = self._open.pop(number)
-        self._attended -= one.streamed or bool(one.params.stop)
+        self._attended -= one.streamed or one.stops is not None
         with self._news:
             self._unfinished.discard(number)
 
@@ -338,7 +340,7 @@ class Session:
         counts, stopped = drawn.counts.copy(), set()
         for i, sequence in enumerate(self._batch.sequences[first:]):
             one = self._open[sequence.request.index]
-            if one.params.stop and self._completes(sequence, one, drawn.tokens[i, : counts[i]], counts, i):
+            if one.stops and self._completes(sequence, one, drawn.tokens[i, : counts[i]], counts, i):
                 stopped.add(first + i)
             if one.streamed:
                 kept = (column[i, : counts[i]].tolist() for column in drawn[:3])
@@ -348,7 +350,7 @@ class Session:
     def _completes(self, sequence: Running, one: Open, tokens: np.ndarray, counts: np.ndarray, row: int) -> bool:
         """Whether one of the tokens completes a stop string; `counts[row]` then ends with it."""
         if sequence.text is None:
-            sequence.text = self._reader.text(one.params)
+            sequence.text = one.stops.watch()
         for number, token in enumerate(tokens.tolist(), 1):
             if sequence.text.push(token):
                 counts[row] = number

@@ -8,6 +8,9 @@ stop string ends the sample with the token that completes it: the first token, f
 ends an occurrence, wherever the token boundaries lie. All tokens up to that one are kept with their log-probabilities,
 as they were drawn, even where the last one's text goes on past the string; what a person is shown ends before the
 string. Where a token completes several, the one that begins first counts, of those the longest.
+
+Decoding takes 20 us a call, which for 512 rows is as long as a step. So a watch that shows nothing,
+`StopStrings.watch`, puts off the tokens that cannot complete a stop string: they hold none of its last characters.
 """
 
 from __future__ import annotations
@@ -15,14 +18,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 UNFINISHED = "\ufffd"  # what decoders give for the first tokens of a character that takes several
+PUT_OFF = 64  # tokens at most, so that a call stays short
 
 
 class TextStream:
     """One completion. `push` each token; `take` what may be shown; `end` when there are no more."""
 
-    def __init__(self, text_of: Callable[[list[int]], str], stop: Sequence[str] = (), min_tokens: int = 0):
-        """text_of: the text of a list of tokens. stop, min_tokens: see the module."""
+    def __init__(
+        self,
+        text_of: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        may_complete: Callable[[int], bool] | None = None,
+    ):
+        """text_of: the text of a list of tokens. stop, min_tokens: see the module. may_complete: False for tokens that
+        may be put off, with their text; None to put none off."""
         self._text_of, self._stop, self._min_tokens = text_of, tuple(stop), min_tokens
+        self._may_complete = may_complete
         self._known: list[int] = []  # tokens of the last piece: context for the next
         self._before = ""  # their text
         self._new: list[int] = []
@@ -36,6 +48,8 @@ class TextStream:
         """One more token. Returns the stop string that it completes, after which the text has ended."""
         self._count += 1
         self._new.append(token)
+        if self._may_complete and not self._tail and len(self._new) < PUT_OFF and not self._may_complete(token):
+            return None
         piece = self._text_of(self._known + self._new)[len(self._before) :]
         whole = bool(piece) and not piece.endswith(UNFINISHED)
         text = self._held + (piece if whole else piece.rstrip(UNFINISHED))
@@ -76,6 +90,29 @@ class TextStream:
         """The rest: no token comes any more."""
         piece, self._held, self._tail = self._held + self._tail, "", ""
         return piece
+
+
+class StopStrings:
+    """The stop strings of one request: a watch for each of its samples, and what they learn about tokens."""
+
+    def __init__(self, text_of: Callable[[list[int]], str], stop: Sequence[str], min_tokens: int = 0):
+        self._text_of, self._stop, self._min_tokens = text_of, tuple(stop), min_tokens
+        self._last = {one[-1] for one in stop}
+        self._known: dict[int, bool] = {}
+
+    def watch(self) -> TextStream:
+        """For `push` alone: its text lags behind."""
+        return TextStream(self._text_of, self._stop, self._min_tokens, self._may_complete)
+
+    def _may_complete(self, token: int) -> bool:
+        """Whether the token's text, at the beginning or behind another, can hold the end of a stop string. White space
+        comes and goes with the neighbours, and a part of a character may be anything."""
+        known = self._known.get(token)
+        if known is None:
+            text = self._text_of([token, token])
+            blank = any(end.isspace() for end in self._last)
+            known = self._known[token] = blank or UNFINISHED in text or not self._last.isdisjoint(text)
+        return known
 
 
 def pieces(tokens: Iterable[int], text_of: Callable[[list[int]], str]) -> Iterator[str]:
