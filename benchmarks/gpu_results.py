@@ -1,7 +1,7 @@
-"""Results of benchmarks/on_gpu.sh: one JSON file a card and commit, and the short table of it.
+"""Results of benchmarks/on_gpu.sh: one JSON file a card and commit, and the short tables of it.
 
-`python -m benchmarks.gpu_results FOLDER` reads what the script left there (tests.xml, times.json, table.txt and, where
-the peers ran, peers.txt) and writes benchmarks/results/<gpu>-<commit>.json; given such a file it prints the table.
+`python -m benchmarks.gpu_results` writes the tables of the committed files into docs/gpu.md; given a file, it prints
+that one's.
 """
 
 from __future__ import annotations
@@ -12,13 +12,33 @@ import platform
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import torch
 
+from r1fast.metrics import write_atomically
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "gpu.md"
+NOTHING = (
+    "**Nothing has been measured on a GPU yet**: no results of a card are committed. What these pages say of a GPU's "
+    "speed is a target or a model."
+)
+DRY = "A dry run on the CPU with small shapes: it shows that the parts run, and its numbers say nothing about a card."
+# The columns of each part's table; of a nested value the inner ones by name.
+COLUMNS = {
+    "tests": ("what", "passed", "failed", "skipped", "stopped"),
+    "determinism": ("what", "runs", "verdict"),
+    "sanitizer": ("what", "runs", "verdict"),
+    "ceilings": ("what", "per second"),
+    "first_device_test": ("what", "holds", "verdict"),
+    "ops": ("what", "by", "microseconds", "fraction", "MiB", "targets"),
+    "exactness": ("what", "mean", "max", "zero", "cost"),
+    "sampling": ("what", "by", "tokens/s", "roofline", "fraction", "fraction unshared", "target", "MiB"),
+    "step": ("what", "by", "seconds", "phases", "tokens/s", "fraction", "peak MiB"),
+}
+SHARES = ("fraction", "fraction unshared", "target", "zero", "share")
 
 
 def git(*arguments: str) -> str:
@@ -26,9 +46,10 @@ def git(*arguments: str) -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
-def machine() -> dict:
-    """What the numbers hold for."""
-    found = {"torch": torch.__version__, "python": platform.python_version(), "commit": git("rev-parse", "HEAD")}
+def machine(commit: str = "") -> dict:
+    """What the numbers hold for. commit: where there is no git repository to ask."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    found |= {"commit": commit or git("rev-parse", "HEAD")}
     found["uncommitted"] = bool(git("status", "--porcelain", "--untracked-files=no"))
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
@@ -39,91 +60,121 @@ def machine() -> dict:
     return found
 
 
-def tests(path: Path) -> dict:
-    """How many ran, and the names of those that failed."""
-    if not path.exists():
-        return {"passed": 0, "skipped": 0, "failed": ["the test run did not finish"]}
-    cases = ElementTree.parse(path).getroot().iter("testcase")
-    outcome = {"passed": 0, "skipped": 0, "failed": []}
-    for case in cases:
-        if case.find("failure") is not None or case.find("error") is not None:
-            outcome["failed"].append(f"{case.get('classname')}::{case.get('name')}")
-        else:
-            outcome["skipped" if case.find("skipped") is not None else "passed"] += 1
-    return outcome
-
-
-def times(path: Path) -> list[dict]:
-    """One row a benchmark: what, backend, median microseconds, the rate reached and its fraction of the ceiling."""
-    if not path.exists():
-        return []
-    rows = []
-    for found in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
-        named = re.search(r"\[(?P<what>.*) \[(?P<backend>\w+)\]\]$", found["name"])
-        if named is None:  # not one of bench_kernels.py's
-            continue
-        extra, bound = found["extra_info"], found["extra_info"]["bound"]
-        rows.append(
-            {
-                **named.groupdict(),
-                "microseconds": round(found["stats"]["median"] * 1e6, 2),
-                "bound": bound,
-                "rate": extra[bound],
-                "ceiling": extra[f"ceiling {bound}"],
-                "fraction": extra["fraction of ceiling"],
-            }
-        )
-    return rows
-
-
-def collect(folder: Path) -> dict:
-    texts = {name: folder / f"{name}.txt" for name in ("table", "peers")}
-    return {
-        "machine": machine(),
-        "tests": tests(folder / "tests.xml"),
-        "times": times(folder / "times.json"),
-        **{name: path.read_text(encoding="utf-8") for name, path in texts.items() if path.exists()},
-    }
-
-
-def target(results: dict) -> Path:
-    where = results["machine"]
+def target(where: dict, folder: Path = RESULTS) -> Path:
     device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
-    return RESULTS / f"{device}-{where['commit'][:10] or 'no-commit'}.json"
+    return folder / f"{device}-{where['commit'][:10] or 'no-commit'}.json"
+
+
+def read(path: Path) -> dict | None:
+    """A JSON file's object; None where it is missing or was cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+class Results:
+    """The file of a card and commit. What is there from an earlier call is kept until its part is put again."""
+
+    def __init__(self, path: Path, where: dict) -> None:
+        self.path, before = path, read(path)
+        same = before is not None and before["machine"] == where
+        self.data = {"machine": where, "parts": before["parts"] if same else {}}
+
+    def put(self, part: str, entry: dict) -> None:
+        self.data["parts"][part] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _targets(found: list[dict]) -> str:
+    return ", ".join(f"{one['target']}: {'met' if one['met'] else '**missed**'}" for one in found)
+
+
+def cell(column: str, value: object) -> str:
+    if value is None:
+        return ""
+    if column == "targets":
+        return _targets(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(name, inner)}" for name, inner in value.items())
+    if column in SHARES:
+        return f"{value:.0%}"
+    if column == "per second":
+        return f"{value / 1e12:.3g} T"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def rows_table(columns: tuple[str, ...], rows: list[dict]) -> list[str]:
+    """Markdown; columns that no row fills are left out. What was skipped is a line below, with its reason."""
+    full = [row for row in rows if "skipped" not in row or "passed" in row]
+    columns = [c for c in columns if any(row.get(c) not in (None, []) for row in full)]
+    lines = []
+    if full:
+        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(cell(c, row.get(c)) for c in columns)} |" for row in full]
+    skipped = [f"- {row['what']}: {row['skipped']}" for row in rows if row not in full]
+    return [*lines, *([""] if full and skipped else []), *skipped]
+
+
+def profile_lines(rows: list[dict]) -> list[str]:
+    """The tables as they are; the timelines in a block of fixed width."""
+    lines = []
+    for row in rows:
+        if "table" in row:
+            lines += [f"{row['what']}, {row['seconds']:.3g} s:", "", row["table"], ""]
+        elif "line" in row:
+            lines.append(f"    {row['line']} {row['what']}, busy {row['busy']:.3g} s, mostly {row['dearest']}")
+        elif "share" in row:
+            lines += [f"    {row['what']}: {row['seconds']:.3g} s, {row['share']:.0%} of the step", ""]
+        else:
+            lines.append(f"- {row['what']}: {row['skipped']}")
+    return lines
 
 
 def table(results: dict) -> str:
-    """The times as Markdown, fastest backend of each op and case first, and one line about the tests."""
-    where, outcome = results["machine"], results["tests"]
-    lines = [f"{where['device']}, torch {where['torch']}, commit {where['commit'][:10]}", ""]
-    lines += ["| op | backend | µs | reached | of the ceiling |", "|---|---|---:|---:|---:|"]
-    order = list(dict.fromkeys(row["what"] for row in results["times"]))
-    for row in sorted(results["times"], key=lambda row: (order.index(row["what"]), row["microseconds"])):
-        reached = f"{row['rate']:.0f} {row['bound']}"
-        lines.append(
-            f"| {row['what']} | {row['backend']} | {row['microseconds']:.1f} | {reached} | {row['fraction']:.0%} |"
-        )
-    failed = outcome["failed"]
-    lines += ["", f"Tests: {outcome['passed']} passed, {len(failed)} failed, {outcome['skipped']} skipped."]
-    return "\n".join(lines + [f"- failed: {name}" for name in failed])
+    """All parts as Markdown: how each ended, then what it measured."""
+    where, parts = results["machine"], results["parts"]
+    dirty = ", with uncommitted changes" if where["uncommitted"] else ""
+    lines = [f"{where['device']}, torch {where['torch']}, commit {where['commit'][:10]}{dirty}."]
+    lines += ["", DRY] if where["device"] == "cpu" else []
+    lines += ["", "| part | how it ended | s |", "|---|---|---:|"]
+    lines += [f"| {name} | {cell('state', part['state'])} | {part['seconds']:.0f} |" for name, part in parts.items()]
+    for name, part in parts.items():
+        body = profile_lines(part["rows"]) if name == "profile" else rows_table(COLUMNS.get(name, ()), part["rows"])
+        if name != "checkpoints" and body:
+            lines += ["", f"### {name}", "", *body]
+        said = {key: value for key, value in part.items() if key not in ("state", "seconds", "rows")}
+        lines += ["", *(f"- {key}: {cell(key, value)}" for key, value in said.items())] if said else []
+    return "\n".join(lines).rstrip()
+
+
+def page_part(folder: Path = RESULTS) -> str:
+    """The tables of the committed cards, or that there are none."""
+    found = [data for path in sorted(folder.glob("*.json")) if "parts" in (data := read(path) or {})]
+    return "\n\n".join(f"## {data['machine']['device']}\n\n{table(data)}" for data in found) or NOTHING
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_results", description=__doc__.split("\n\n")[0])
-    parser.add_argument("source", type=Path, help="the folder that on_gpu.sh filled, or a file of benchmarks/results")
-    source = parser.parse_args().source
-    if source.is_file():
-        print(table(json.loads(source.read_text(encoding="utf-8"))))
+    parser.add_argument("file", type=Path, nargs="?", help="results to print; without it docs/gpu.md is written anew")
+    path = parser.parse_args().file
+    if path is not None:
+        results = read(path)
+        if results is None or "parts" not in results:
+            print(f"gpu_results: {path} holds no results of benchmarks/on_gpu.sh", file=sys.stderr)
+            return 2
+        print(table(results))
         return 0
-    results = collect(source)
-    if not results["times"]:
-        print(f"gpu_results: {source} holds no times; did pytest --benchmark run?", file=sys.stderr)
-        return 1
-    path = target(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(table(results))
-    print(f"\nwritten to {path.relative_to(ROOT)}")
+    from benchmarks.readme import rewritten  # it imports this module for its part of the page
+
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"written to {PAGE.relative_to(ROOT)}")
     return 0
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import exact, kernels_vs_peers
+from benchmarks import exact, gpu_results, kernels_vs_peers
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
@@ -51,8 +51,8 @@ def exact_part() -> str:
     return "\n\n".join(map(exact.table, found))
 
 
-PARTS = {"tiny": tiny_part, "peers": peers_part, "exact": exact_part}
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "sampling.md")
+PARTS = {"tiny": tiny_part, "peers": peers_part, "exact": exact_part, "gpu": gpu_results.page_part}
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kernels", "sampling", "gpu")))
 
 
 def rewritten(readme: str) -> str:

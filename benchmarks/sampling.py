@@ -107,10 +107,11 @@ def limit(size: str, case: Case, rate: dict[str, float]) -> float:
 class Contender:
     """A process of benchmarks.sampling_contenders."""
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name: str, folder: Path, *place: str):
+        """place: device and dtype, float32 on the CPU where none is given."""
         self.name = name
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
-        command = [sys.executable, "-m", "benchmarks.sampling_contenders", name, str(folder)]
+        command = [sys.executable, "-m", "benchmarks.sampling_contenders", name, str(folder), *place]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

@@ -1,4 +1,4 @@
-"""One who samples, in a process of its own: `python -m benchmarks.sampling_contenders NAME FOLDER`.
+"""One who samples, in a process of its own: `python -m benchmarks.sampling_contenders NAME FOLDER [DEVICE [DTYPE]]`.
 
 Reads one JSON object a line, a case to sample, and answers each with one line; benchmarks/sampling.py asks. Processes
 of their own, because peak memory is a process's, and because one library's threads and allocator settings must not be
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import json
 import os
 import sys
@@ -45,10 +46,21 @@ def prompts_of(case: Case, vocabulary: int) -> list[list[int]]:
 Draw = Callable[[list[list[int]], Case, bool], list[list[int]]]  # prompts, case, greedy -> tokens of each sequence
 
 
-def ours(folder: Path) -> Draw:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a contender's model is."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+ON_CPU = Place()
+
+
+def ours(folder: Path, place: Place) -> Draw:
     import r1fast
 
-    model, _ = r1fast.load(folder)
+    model, _ = r1fast.load(folder, place.device, place.dtype)
     kept = {}
 
     def draw(prompts: list[list[int]], case: Case, greedy: bool) -> list[list[int]]:
@@ -63,15 +75,19 @@ def ours(folder: Path) -> Draw:
     return draw
 
 
-def theirs(folder: Path, static: bool) -> Draw:
+def transformers_model(folder: Path, place: Place):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, place.dtype)).to(place.device).eval()
+
+
+def theirs(folder: Path, place: Place, static: bool) -> Draw:
+    model = transformers_model(folder, place)
     cache = {"cache_implementation": "static"} if static else {}
 
     @torch.inference_mode()
     def draw(prompts: list[list[int]], case: Case, greedy: bool) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=place.device)
         how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         if case.group > 1:
             how["num_return_sequences"] = case.group
@@ -87,10 +103,11 @@ def theirs(folder: Path, static: bool) -> Draw:
     return draw
 
 
-def batching(folder: Path) -> Draw:
-    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+def batching(folder: Path, place: Place) -> Draw:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers_model(folder, place)
+    pages_are = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
 
     @torch.inference_mode()
     def draw(prompts: list[list[int]], case: Case, greedy: bool) -> list[list[int]]:
@@ -98,9 +115,8 @@ def batching(folder: Path) -> Draw:
             max_new_tokens=case.new, eos_token_id=-1, pad_token_id=0, do_sample=not greedy, top_k=0, temperature=1.0
         )
         pages = -(-(case.prompt + case.new) // PAGE) + 1
-        config = ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=pages * case.batch, max_batch_tokens=max(2048, case.batch)
-        )
+        sizes = {pages_are: PAGE, "num_blocks": pages * case.batch, "max_batch_tokens": max(2048, case.batch)}
+        config = ContinuousBatchingConfig(**(sizes if place.device == "cpu" else {}))  # it sizes a GPU's by itself
         repeated = [tokens for tokens in prompts for _ in range(case.group)]  # its blocks of equal prefixes are shared
         found = model.generate_batch(
             repeated, generation_config=how, continuous_batching_config=config, progress_bar=False
@@ -111,10 +127,12 @@ def batching(folder: Path) -> Draw:
     return draw
 
 
-def contender(name: str, folder: Path) -> Draw:
+def contender(name: str, folder: Path, place: Place = ON_CPU) -> Draw:
     if name == "r1fast":
-        return ours(folder)
-    return batching(folder) if name == "continuous batching" else theirs(folder, name.endswith("static cache"))
+        return ours(folder, place)
+    if name == "continuous batching":
+        return batching(folder, place)
+    return theirs(folder, place, name.endswith("static cache"))
 
 
 def status(field: str) -> float:
@@ -131,10 +149,11 @@ def forget_peak() -> None:
 
 
 def main() -> int:
-    name, folder = sys.argv[1], Path(sys.argv[2])
+    name, folder, place = sys.argv[1], Path(sys.argv[2]), Place(*sys.argv[3:5])
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print where they like
-    draw, vocabulary = contender(name, folder), json.loads((folder / "config.json").read_text())["vocab_size"]
-    watched = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
+    draw, vocabulary = contender(name, folder, place), json.loads((folder / "config.json").read_text())["vocab_size"]
+    on_gpu = place.device == "cuda"
+    watched = not on_gpu and sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
     loaded = status("VmRSS") if watched else 0.0
     print(json.dumps({"ready": name}), file=answers, flush=True)
     for line in sys.stdin:
@@ -154,6 +173,8 @@ def main() -> int:
             answer["error"] = f"{len(tokens)} sequences of {case.batch}; lengths {wrong[:3]} instead of {case.new}"
         if watched:
             answer["MiB"] = max(0.0, status("VmHWM") - loaded)
+        if on_gpu:
+            answer["MiB"] = torch.cuda.max_memory_allocated() / 2**20
         print(json.dumps(answer | ({"tokens": tokens} if want_tokens else {})), file=answers, flush=True)
     os._exit(0)  # a library's threads need not agree
 

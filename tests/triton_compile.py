@@ -1,6 +1,7 @@
 """Compiles every Triton launch of every registered op for one architecture. No GPU needed.
 
-`triton_compile.py 90` does all of them, `triton_compile.py 90 rope swiglu` those of two ops.
+`triton_compile.py 90` does all of them, `triton_compile.py 90 rope swiglu` those of two ops; with `--card` at the sizes
+that benchmarks/on_gpu.sh measures (benchmarks/gpu/works.py), from which a launch's settings follow, and not the tests'.
 
 Each launch is turned into Triton's warm-up, which goes through the ordinary front end (so the signature, alignment and
 constants are those of a real launch) and stops before loading. Prints registers and spilled bytes, as ptxas says them,
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +22,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import r1fast_kernels
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this file is run as a script
+from benchmarks.gpu.shapes import TO_COMPILE
+from benchmarks.gpu.works import Works
 
 
 class Stub:
@@ -99,7 +105,18 @@ def launch_all(op, args: tuple) -> None:
             backend.backward(saved, grads, (True,) * len(op.gradients))
 
 
+def arguments_of(op, on_a_card: bool) -> Iterator[tuple]:
+    if on_a_card:
+        yield from (work.args() for work in Works(TO_COMPILE) if work.op == op.name)
+        return
+    for dtype in op.tolerances:
+        if dtype is not torch.float64:
+            yield from (case.make("cpu", dtype, 0) for case in op.cases())
+
+
 def main(architecture: int, names: list[str]) -> None:
+    on_a_card = "--card" in names
+    names = [name for name in names if name != "--card"]
     driver.set_active(Stub(architecture))
     launch, seen = JITFunction.run, {}
 
@@ -113,11 +130,8 @@ def main(architecture: int, names: list[str]) -> None:
         if "triton" not in op.backends or (names and op.name not in names):
             continue
         seen.clear()
-        for dtype in op.tolerances:
-            if dtype is torch.float64:
-                continue
-            for case in op.cases():
-                launch_all(op, case.make("cpu", dtype, 0))
+        for args in arguments_of(op, on_a_card):
+            launch_all(op, args)
         for (name, _), kernel in seen.items():
             registers, spilled = usage(kernel.asm["ptx"], architecture)
             shared, narrow = kernel.metadata.shared, narrow_products(kernel.asm["ttir"])
