@@ -1,18 +1,20 @@
 """`python -m benchmarks.sandbox`: what hostile programs cost honest ones in the same pool.
 
-Honest programs alone, then the same with every program of tests/hostile spread among them, in turn, several times; the
-time counts until the last honest one is scored. One JSON under benchmarks/results/sandbox/ a machine and commit.
+Honest programs alone, then the same with every program of tests/hostile spread among them, then alone again, several
+times; the time counts until the last honest one is scored. One JSON a machine under benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import time
 from pathlib import Path
 
+from benchmarks.kernels_vs_peers import RESULTS, processor
 from r1fast.rewards.pool import RewardPool
 
 ROOT = Path(__file__).parent.parent
@@ -66,14 +68,18 @@ def main() -> None:
     parser.add_argument("--honest", type=int, default=970)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    alone, beside = [], []
+    alone, beside, after = [], [], []
     with Timed() as pool:
         seconds(pool, len(HOSTILE), "warm", False)
         for turn in range(args.rounds):
             alone.append(seconds(pool, args.honest, f"alone{turn}", False))
             beside.append(seconds(pool, args.honest, f"beside{turn}", True))
+            after.append(seconds(pool, args.honest, f"after{turn}", False))
         lanes = pool.size
-    ratios = [b / a for a, b in zip(alone, beside, strict=True)]
+    ratio = {
+        name: statistics.median(b / a for a, b in zip(alone, times, strict=True))
+        for name, times in (("beside", beside), ("after", after))
+    }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
     found = {
         "commit": commit.strip(),
@@ -82,13 +88,13 @@ def main() -> None:
         "hostile": len(HOSTILE),
         "alone_s": alone,
         "beside_s": beside,
-        "ratio": statistics.median(ratios),
+        "after_s": after,
+        "ratio": ratio,
         "per_program_ms": statistics.median(alone) / args.honest * 1e3,
     }
     print(json.dumps(found, indent=1))
-    folder = ROOT / "benchmarks" / "results" / "sandbox"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"cpu-{commit.strip()}.json").write_text(json.dumps(found, indent=1) + "\n")
+    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    (RESULTS / f"{name}-sandbox.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from r1fast.rewards import judge
 from r1fast.schema import EvaluationConfig, RecipeConfig, RewardsConfig, SamplingConfig
 from r1fast.stages.evaluate import Evaluator
 from r1fast.tasks.benchmarks import TABLE, recognise
+from r1fast.tasks.benchmarks.files import Hub, read_hub
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 JUDGEABLE = [name for name in ROWS if {TABLE[name].verifier, *TABLE[name].beside} <= set(rewards.names())]
@@ -270,6 +271,39 @@ def test_codeforces_leaves_out_what_cannot_be_judged_by_output(tmp_path):
     assert with_checker.answer["checker"] == "print(1)" and "checker" not in problem.answer
     assert task.left_out == 4 and problem.answer["seconds"] == 1.0 and problem.meta["rating"] == 800
     assert "Example input\n1 1" in problem.text and "1 s and 256 MB" in problem.text
+
+
+def test_a_data_set_by_its_name_is_loaded_with_all_its_configurations(tmp_path):
+    """As the hub keeps it, in a folder here; `datasets` itself reads it."""
+    subjects = {"anatomy": "liver", "virology": "virus"}
+    for subject, word in subjects.items():
+        written(tmp_path / f"{subject}.jsonl", [{"question": f"{word}{i}?"} for i in range(2)])
+    files = "".join(
+        f"- config_name: {s}\n  data_files:\n  - split: test\n    path: {s}.jsonl\n" for s in subjects
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    rows = list(read_hub(Hub(str(tmp_path), "test", "*")))
+    assert [row["subject"] for row, _ in rows] == ["anatomy"] * 2 + ["virology"] * 2
+    assert rows[2][0]["question"] == "virus0?" and rows[3][1] == f"{tmp_path}, virology, test row 1"
+    assert [dict(row) for row, _ in read_hub(Hub(str(tmp_path), "test", "anatomy"))] == [
+        {"question": "liver0?"}, {"question": "liver1?"},
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"could not be loaded .*; give its rows with --data FILE"):
+        list(read_hub(Hub(str(tmp_path), "dev", "anatomy")))
+
+
+def test_a_data_set_that_is_a_program_is_read_from_the_hubs_own_copy(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, revision=None):
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found it.py")
+        return [{"question": "1 + 1"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(read_hub(Hub("a/b", "test"))) == [({"question": "1 + 1"}, "a/b, test row 0")]
+    assert asked == [None, "refs/convert/parquet"]
 
 
 # -- the project's own data: a model that knows, and one that does not ------------------------------------------------

@@ -10,7 +10,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,11 @@ def read_hub(hub: Hub) -> Iterator[Located]:
     import datasets  # slow, and only wanted here
 
     try:
-        configs = datasets.get_dataset_config_names(hub.name) if hub.config == "*" else [hub.config]
-        for config in configs:
-            for number, row in enumerate(datasets.load_dataset(hub.name, config, split=hub.split)):
+        many = hub.config == "*"
+        for config in _unscripted(datasets.get_dataset_config_names, hub.name) if many else [hub.config]:
+            for number, row in enumerate(_unscripted(datasets.load_dataset, hub.name, config, split=hub.split)):
                 place = f"{hub.name}, {config + ', ' if config else ''}{hub.split} row {number}"
-                yield ({"subject": config, **row} if hub.config == "*" else dict(row)), place
+                yield ({"subject": config, **row} if many else dict(row)), place
     except UserError:
         raise
     except Exception as error:  # the library raises of many kinds: no network, no such name, no such configuration
@@ -153,3 +153,13 @@ def read_hub(hub: Hub) -> Iterator[Located]:
         raise UserError(
             f"the data set {hub.name!r} could not be loaded ({reason}); give its rows with --data FILE"
         ) from None
+
+
+def _unscripted(load: Callable, *args: Any, **options: Any) -> Any:
+    """What `load` gives; of a data set that is a program, which `datasets` no longer runs, the hub's copy in Parquet."""
+    try:
+        return load(*args, **options)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        return load(*args, **options, revision="refs/convert/parquet")
