@@ -156,7 +156,7 @@ def read_hub(hub: Hub) -> Iterator[Located]:
 
 
 def _unscripted(load: Callable, *args: Any, **options: Any) -> Any:
-    """What `load` gives; of a data set that is a program, which `datasets` no longer runs, the hub's copy in Parquet."""
+    """What `load` gives; of a data set that is a program, which is no longer run, the hub's copy in Parquet."""
     try:
         return load(*args, **options)
     except RuntimeError as error:
