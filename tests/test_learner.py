@@ -119,6 +119,52 @@ def test_a_state_of_another_schedule_is_refused():
         Learner(tiny_decoder(), OptimizerConfig(), 7).load_state_dict(state)
 
 
+# -- groups that are learned from as they arrive ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+@pytest.mark.parametrize(("mini_batches", "kl", "old"), [(1, 0.1, "auto"), (1, 0.0, "sampler"), (2, 0.1, "recompute")])
+def test_a_gradient_begun_early_is_the_one_that_waited_for_all_bit_for_bit(aggregate, mini_batches, kl, old):
+    objective = ObjectiveConfig(aggregate=aggregate, kl_coef=kl)
+    order, found, begun = [3, 0, 5, 4, 1, 2, 7, 6], {}, {}
+    for now in (False, True):
+        model = tiny_decoder()
+        groups = sampled_groups(model, prompts=8, noise=0.01, constant=(4,))
+        learner = learner_of(model)
+        settings = {"random": Random(1), "mini_batches": mini_batches, "epochs": 2, "max_tokens": 9}
+        learning = learner.policy_learning(
+            [4] * 8, objective, reference=tiny_decoder(2), old_logprobs=old, micro_batch_tokens=40, **settings
+        )
+        before = weights_of(model).clone()
+        for index in order:
+            learning.add(index, groups[index], now)
+        begun[now] = any(p.grad is not None for p in model.parameters())
+        assert torch.equal(weights_of(model), before)  # they move when all is there, and not before
+        update = learning.finish()
+        found[now] = (weights_of(model), update)
+        assert (weights_of(model) - before).abs().max() > 1e-3
+    assert begun == {False: False, True: True}
+    assert torch.equal(found[True][0], found[False][0])
+    assert found[True][1] == found[False][1]
+
+
+def test_groups_of_older_weights_wait_for_the_others():
+    model = tiny_decoder()
+    groups = sampled_groups(model, prompts=2)
+    model.bump_version()
+    learning = learner_of(model).policy_learning([4, 4], FLAT, random=Random(0))
+    with pytest.raises(ValueError, match="older weights"):
+        learning.add(0, groups[0], now=True)
+
+
+def test_an_update_of_groups_that_are_not_there_is_refused():
+    model = tiny_decoder()
+    learning = learner_of(model).policy_learning([4, 4], FLAT, random=Random(0))
+    learning.add(1, sampled_groups(model, prompts=2)[1])
+    with pytest.raises(ValueError, match="1 of 2 groups"):
+        learning.finish()
+
+
 # -- updates: what is forwarded -------------------------------------------------------------------------------
 
 
@@ -139,7 +185,7 @@ def test_with_kl_the_reference_is_called_once_a_rollout(forwards):
     update = learner_of(model).train_policy(
         groups, PENALISED, random=Random(0), reference=reference, mini_batches=2, epochs=2, timer=timer
     )
-    assert forwards == [reference] + [model] * 4
+    assert forwards == [reference, model, reference, model, model, model]  # each part before it is first learned
     assert len(update.steps) == 4
     assert update.kl > 0.01
     assert set(timer.seconds) == {"logprob", "learn"}

@@ -10,8 +10,10 @@ from rollouts import sampled_groups, tiny_decoder
 
 from r1fast.learn.losses import policy_loss
 from r1fast.learn.packing import (
+    Filling,
     Row,
     epochs_of,
+    late_scale,
     loss_weights,
     pack,
     plan,
@@ -199,6 +201,44 @@ def test_a_row_behind_its_prompt_reads_as_before(budget):
             assert batch.targets[mine].tolist() == list(row.tokens[row.prompt_length :])
             assert batch.loss_weight[mine].tolist() == pytest.approx([weights[i]] * row.completion_length)
             assert batch.old_logprob[mine].tolist() == pytest.approx(row.old_logprobs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_that_arrive_group_by_group_fill_their_micro_batches(shared):
+    budget, rows, given = 150, [], []
+    arriving = grouped_rows(1, sizes=(4, 6, 3, 5, 2, 6, 4, 4, 1, 6) * 3)
+    filling = Filling(rows, lambda: budget, lambda rows: shared)
+    for number in dict.fromkeys(row.group for row in arriving):
+        new = [row for row in arriving if row.group == number]
+        rows += new
+        full = filling.add(range(len(rows) - len(new), len(rows)))
+        given += full
+        assert all(how == shared for _, how in full)
+    early = len(given)
+    given += filling.rest()
+    assert sorted(i for ids, _ in given for i in ids) == list(range(len(rows)))
+    costs = [shared_tokens([rows[i] for i in ids]) if shared else sum(row_lengths([rows[i] for i in ids]))
+             for ids, _ in given]  # fmt: skip
+    assert max(costs) <= budget
+    assert early > len(given) / 2  # most are full long before the last group is there
+    assert len(given) <= 1.15 * len(plan_rows(rows, budget, shared)) + 1  # as tight as if all had been known
+    assert filling.rest() == []
+
+
+def test_what_fits_in_one_micro_batch_is_one():
+    rows = grouped_rows()
+    filling = Filling(rows, lambda: 10_000, lambda rows: True)
+    assert [filling.add([i]) for i in range(len(rows))] == [[]] * len(rows)
+    assert filling.rest() == [(plan_rows(rows, 10_000, True)[0], True)]
+
+
+def test_weights_of_a_part_and_the_late_scale_are_the_weights_of_the_whole():
+    rows = random_rows(9)
+    total = sum(row.completion_length for row in rows)
+    for aggregate in ("sequence", "token", "constant"):
+        parts = [loss_weights(part, aggregate, 64, of=9) for part in (rows[:4], rows[4:])]
+        scaled = np.concatenate(parts) * late_scale(aggregate, 9, total)
+        np.testing.assert_allclose(scaled, loss_weights(rows, aggregate, 64), rtol=1e-15)
 
 
 def test_rows_without_a_group_share_nothing():

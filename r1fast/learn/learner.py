@@ -8,39 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from r1fast.learn.accumulation import Accumulated, Accumulation, Loss
 from r1fast.learn.masters import Masters
 from r1fast.learn.optimizer import Schedule, build_optimizer
 from r1fast.learn.packing import Row, pack
-from r1fast.learn.policy import train_policy
-from r1fast.learn.room import Room, merge_losses
+from r1fast.learn.policy import PolicyLearning, train_policy
+from r1fast.learn.room import Room
 from r1fast.model.decoder import Decoder
-from r1fast.model.sharding import is_sharded, shared_like, synchronise, whole
+from r1fast.model.sharding import shared_like, whole
 from r1fast.parallel import world
 from r1fast.types import StepStats
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from r1fast.learn.losses import BatchStats
-    from r1fast.schema import OptimizerConfig
+    from r1fast.schema import ObjectiveConfig, OptimizerConfig
     from r1fast.types import PackedBatch
 
-Loss = Callable[["nn.Module", "PackedBatch"], tuple["Tensor", "BatchStats | None"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Accumulated:
-    """The gradient of a step lies in the parameters; this is what came with it, one entry per micro-batch."""
-
-    losses: list[Tensor]  # float32 scalars
-    stats: list[BatchStats | None]
-    tokens: int
+__all__ = ["Learner", "Loss"]
 
 
 class Learner:
@@ -74,32 +64,15 @@ class Learner:
 
     train_policy = train_policy  # one set of rollouts: all its optimizer steps
 
+    def policy_learning(self, sizes: Sequence[int], objective: ObjectiveConfig, **settings: Any) -> PolicyLearning:
+        """The same for groups that are still to come, of these sizes; see PolicyLearning."""
+        return PolicyLearning(self, sizes, objective, **settings)
+
     def accumulate(self, batches: Sequence[PackedBatch], loss: Loss) -> Accumulated:
-        """Zeroes the gradient and adds that of every micro-batch. The weights stay as they are.
-
-        Of several ranks each takes a share of the micro-batches; gradients and what was told are then everybody's.
-        Where memory runs out, in smaller ones (room.py)."""
-        self._forget()
-        costs = [batch.tokens.shape[0] for batch in batches]
-
-        def work(batch: PackedBatch) -> tuple[Tensor, BatchStats | None]:
-            value, told = loss(self.model, batch)
-            value.backward()
-            return value.detach(), told
-
-        def share(own: list[PackedBatch]) -> list[tuple[Tensor, BatchStats | None]]:
-            found = self.room.each(own, work, merge_losses, undo=self._forget)
-            return found if world().size == 1 else [_moved(one, "cpu") for one in found]
-
-        if is_sharded(self.model):
-            found = self._accumulate_sharded(batches, loss, costs)
-        else:
-            found = world().map(batches, share, costs)
-            if world().size > 1:
-                world().add(self._gradients())
-        if world().size > 1:
-            found = [_moved(one, self.parameters[0].device) for one in found]
-        return Accumulated([value for value, _ in found], [told for _, told in found], sum(costs))
+        """Zeroes the gradient and adds that of every micro-batch. The weights stay as they are."""
+        gradient = Accumulation(self, loss)
+        gradient.add(batches)
+        return gradient.done()
 
     def rehearse(self, longest: int, loss: Loss) -> None:
         """The largest micro-batch there can be, of rows of `longest` tokens, forward and backward: if memory is to run
@@ -109,31 +82,13 @@ class Learner:
         rows = [Row(tokens, 1, advantage=1.0, **streams)] * max(1, self.micro_batch_tokens // (longest - 1))
         batches = pack(rows, np.full(len(rows), 1.0), max(self.micro_batch_tokens, longest), self.model.device)
         self.accumulate(batches[:1] * world().size, loss)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """The gradient is none."""
         self.optimizer.zero_grad(set_to_none=True)
         for p in self.model.parameters():  # half weights, whose gradients backward was about to hand to their masters
             p.grad = None
-
-    def _accumulate_sharded(
-        self, batches: Sequence[PackedBatch], loss: Loss, costs: list[int]
-    ) -> list[tuple[Tensor, BatchStats | None]]:
-        """Every rank must go through as many backwards as any other: one that has no micro-batch left takes the
-        smallest once more, at weight zero, while it would wait."""
-        shares = world().share(costs)
-        mine, rounds = shares[world().rank], max(map(len, shares))
-        told = []
-        for i in range(rounds):
-            real = i < len(mine)
-            synchronise(self.model, last=i == rounds - 1)
-            value, stats = loss(self.model, batches[mine[i] if real else costs.index(min(costs))])
-            (value if real else value * 0.0).backward()
-            if real:
-                told.append((mine[i], _moved((value.detach(), stats), "cpu")))
-        found = dict(one for part in world().gather(told) for one in part)
-        return [found[i] for i in range(len(batches))]
 
     def apply(self, step: Accumulated) -> StepStats:
         """Clips and steps, unless something is not finite: then the step is counted as skipped and nothing changes.
@@ -141,7 +96,9 @@ class Learner:
         A step without any row has a zero gradient and is still a step (the momentum moves on), so that leaving out
         rows without gradient changes nothing.
         """
-        gradients = self._gradients()
+        gradients = self.gradients()
+        if step.scale != 1.0:
+            torch._foreach_mul_(gradients, step.scale)
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         loss, norm, told = self._read(step, norm)
         rate = self.schedule(self.steps)
@@ -160,7 +117,8 @@ class Learner:
             self.skipped += 1
         return StepStats(loss=loss, grad_norm=norm, learning_rate=rate, tokens=step.tokens, **told)
 
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
+        """Of all that the optimizer moves; zeros where nothing was added."""
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -179,7 +137,7 @@ class Learner:
     def _read(step: Accumulated, norm: Tensor) -> tuple[float, float, dict[str, float]]:
         """Everything that the host needs of a step, in one synchronisation."""
         sums = [value for told in step.stats if told is not None for value in told[:6]]
-        loss = torch.stack(step.losses).sum() if step.losses else norm.new_zeros(())
+        loss = torch.stack(step.losses).sum() * step.scale if step.losses else norm.new_zeros(())
         loss, norm, *sums = torch.stack([value.float() for value in (loss, norm, *sums)]).tolist()
         kl, clipped, ratio, ratio_max, count, entropy = (sums[i::6] for i in range(6))
         rows = sum(count)
@@ -218,9 +176,3 @@ class Learner:
         self.micro_batch_tokens, self.room.limit = state["micro_batch_tokens"], state["limit"]
         if self.masters is not None:
             self.masters.load_state_dict(state)
-
-
-def _moved(found: tuple[Tensor, BatchStats | None], device: torch.device | str) -> tuple[Tensor, BatchStats | None]:
-    """What a micro-batch told, on `device`."""
-    value, told = found
-    return value.to(device), told if told is None else type(told)(*(part.to(device) for part in told))

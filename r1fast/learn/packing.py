@@ -10,7 +10,7 @@ micro-batch: after that micro-batches (and ranks) only add. Nothing here loops o
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from random import Random
@@ -54,33 +54,45 @@ def row_from_example(prompt_tokens: Sequence[int], completion_tokens: Sequence[i
     return Row([*prompt_tokens, *completion_tokens], len(prompt_tokens))
 
 
-def rows_from_groups(groups: Sequence[RolloutGroup], advantages: Tensor) -> list[Row]:
-    """One row per rollout, in order. `advantages`: float32 [rollouts], as `advantages.advantages` gives them."""
+def rows_from_groups(groups: Sequence[RolloutGroup], advantages: Tensor, first: int = 0) -> list[Row]:
+    """One row per rollout, in order. `advantages`: float32 [rollouts], as `advantages.advantages` gives them. `first`:
+    the number of the first group."""
     values = iter(advantages.tolist())
     return [
         Row([*group.prompt.tokens, *r.tokens], len(group.prompt.tokens), next(values), r.logprobs, group=number)
-        for number, group in enumerate(groups)
+        for number, group in enumerate(groups, first)
         for r in group.rollouts
     ]
 
 
-def loss_weights(rows: Sequence[Row], aggregate: Aggregate, max_tokens: int | None = None) -> np.ndarray:
+def loss_weights(
+    rows: Sequence[Row], aggregate: Aggregate, max_tokens: int | None = None, of: int | None = None
+) -> np.ndarray:
     """The weight of each token of each row in the loss of an optimizer step, float64 [rows].
 
     sequence: 1 / (|o| R), the mean over a response's tokens, then over the R responses (DeepSeekMath eq. 3);
     token: 1 / (tokens of all responses) (DAPO eq. 8); constant: 1 / (max_tokens R) (Dr. GRPO, its constant being the
     most a response may have). Pass all rows of the step, also those that will not be trained on.
+
+    of: R, where `rows` are a part of the step's and the others are not there yet. The tokens of all are then not known
+    either: the weights of `token` are 1 / R, and the gradient is to be multiplied by `late_scale` when they are.
     """
     lengths = np.array([row.completion_length for row in rows], dtype=np.float64)
+    count = len(rows) if of is None else of
     if aggregate == "sequence":
-        return 1.0 / (np.maximum(lengths, 1.0) * len(rows))
+        return 1.0 / (np.maximum(lengths, 1.0) * count)
     if aggregate == "token":
-        return np.full(len(rows), 1.0 / max(lengths.sum(), 1.0))
+        return np.full(len(rows), 1.0 / (max(lengths.sum(), 1.0) if of is None else count))
     if aggregate == "constant":
         if max_tokens is None:
             raise ValueError("aggregate 'constant' needs max_tokens, the longest response that the sampler may give")
-        return np.full(len(rows), 1.0 / (max_tokens * len(rows)))
+        return np.full(len(rows), 1.0 / (max_tokens * count))
     raise ValueError(f"unknown aggregate {aggregate!r}; known are sequence, token, constant")
+
+
+def late_scale(aggregate: Aggregate, rows: int, tokens: int) -> float:
+    """What a gradient of `loss_weights(..., of=rows)` lacks, now that the step's tokens are known."""
+    return rows / max(tokens, 1) if aggregate == "token" else 1.0
 
 
 def plan(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
@@ -138,6 +150,42 @@ def plan_rows(rows: Sequence[Row], micro_batch_tokens: int, shared: bool) -> lis
             pieces.append([group[at] for at in part])
             costs.append(prompt + sum(rows[i].completion_length - 1 for i in pieces[-1]))
     return [[i for at in part for i in pieces[at]] for part in plan(costs, micro_batch_tokens)]
+
+
+class Filling:
+    """Micro-batches of rows that arrive group by group: each is given out as soon as it is full.
+
+    When what has arrived is more than one micro-batch holds, `plan_rows` of it is given out, but for the emptiest one,
+    whose rows wait for the next group. So the micro-batches depend on the order of arrival and on nothing else, and
+    all that fits in one is one."""
+
+    def __init__(self, rows: Sequence[Row], tokens: Callable[[], int], shares: Callable[[Sequence[Row]], bool]) -> None:
+        """rows: where the rows of the indices that arrive are found. tokens: of a micro-batch at most, as of now.
+        shares: whether such rows share their prompts."""
+        self._rows, self._tokens, self._shares = rows, tokens, shares
+        self._waiting: list[int] = []
+
+    def add(self, ids: Sequence[int]) -> list[tuple[list[int], bool]]:
+        """The micro-batches that are full with these: the indices of each one's rows, and whether they share."""
+        self._waiting += ids
+        rows = [self._rows[i] for i in self._waiting]
+        if (shared_tokens(rows) if self._shares(rows) else sum(row_lengths(rows))) <= self._tokens():
+            return []
+        planned = self._plan(rows)
+        if len(planned) > 1:
+            self._waiting = planned.pop()[0]
+            return planned
+        return []
+
+    def rest(self) -> list[tuple[list[int], bool]]:
+        """All that still waited."""
+        planned = self._plan([self._rows[i] for i in self._waiting])
+        self._waiting = []
+        return planned
+
+    def _plan(self, rows: list[Row]) -> list[tuple[list[int], bool]]:
+        shared = self._shares(rows)
+        return [([self._waiting[at] for at in part], shared) for part in plan_rows(rows, self._tokens(), shared)]
 
 
 def pack(

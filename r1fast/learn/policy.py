@@ -15,16 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from r1fast.config import UserError
+from r1fast.learn.accumulation import Accumulation
 from r1fast.learn.advantages import advantages
 from r1fast.learn.losses import log_probs, policy_loss
 from r1fast.learn.packing import (
+    Filling,
     Row,
+    late_scale,
     loss_weights,
     pack,
     plan_rows,
@@ -34,13 +37,15 @@ from r1fast.learn.packing import (
     unpack,
 )
 from r1fast.metrics import PhaseTimer
+from r1fast.parallel import world
 
 if TYPE_CHECKING:
     from random import Random
 
     from torch import Tensor
 
-    from r1fast.learn.learner import Accumulated, Learner
+    from r1fast.learn.accumulation import Accumulated, Loss
+    from r1fast.learn.learner import Learner
     from r1fast.model.decoder import Decoder
     from r1fast.schema import ObjectiveConfig
     from r1fast.types import PackedBatch, RolloutGroup, StepStats
@@ -95,64 +100,6 @@ class PolicyUpdate:
         return self.steps[-1].learning_rate
 
 
-def train_policy(
-    learner: Learner,
-    groups: Sequence[RolloutGroup],
-    objective: ObjectiveConfig,
-    *,
-    random: Random,
-    reference: Decoder | None = None,
-    old_logprobs: OldLogprobs = "auto",
-    logprob_bound: float = 1e-3,
-    mini_batches: int = 1,
-    epochs: int = 1,
-    micro_batch_tokens: int = 16384,
-    share_prompts: SharePrompts = "auto",
-    temperature: float = 1.0,
-    max_tokens: int | None = None,
-    timer: PhaseTimer | None = None,
-) -> PolicyUpdate:
-    """All optimizer steps over `groups`: `mini_batches` random parts of them, `epochs` times over.
-
-    reference: needed when `objective.kl_coef` > 0, never called otherwise. old_logprobs: whose log-probs the ratio is
-    taken to; `auto` is the sampler's while the mean difference is at most `logprob_bound` nats a token, or where the
-    groups are of older weights than the learner's (the ratio must then account for it). share_prompts: whether a
-    group's prompt is forwarded once; `auto` where that saves SAVED of the tokens. temperature: the sampler's.
-    max_tokens: the sampler's limit, needed by the aggregate `constant`. timer: charged under "logprob" and "learn".
-    Raises UserError for settings that cannot be met.
-    """
-    if temperature <= 0:
-        raise UserError("RL needs sampling.temperature > 0: greedy samples of a prompt are all the same")
-    if objective.kl_coef > 0 and reference is None:
-        raise UserError("objective.kl_coef > 0 needs a reference model")
-    if objective.truncated_is is not None and old_logprobs == "sampler":
-        raise UserError(
-            "objective.truncated_is corrects recomputed old log-probs: old_logprobs must be auto or recompute"
-        )
-    if len(groups) < mini_batches:
-        raise UserError(f"{len(groups)} prompts cannot be split into {mini_batches} mini-batches: lower mini_batches")
-    timer = timer or PhaseTimer()
-    with timer("learn"):
-        update = _Update(learner, groups, objective, temperature, micro_batch_tokens, share_prompts, timer)
-        if objective.kl_coef > 0:
-            update.ask_reference(reference)
-        corrected = objective.truncated_is is not None and update.correct(old_logprobs, logprob_bound)
-        stale = any(group.weights_version != learner.model.weights_version for group in groups)
-        own = not corrected and (old_logprobs == "recompute" or (old_logprobs == "auto" and not stale))
-        parts = [part for _ in range(epochs) for part in _split(len(groups), mini_batches, random)]
-        first = update.step(parts[0], max_tokens, on_policy=own)
-        if not corrected:
-            update.compare(first)
-        if own:
-            update.whose = "learner"
-        if own and len(parts) > 1:
-            update.settle(first, old_logprobs, logprob_bound)
-        update.apply(first)
-        for part in parts[1:]:
-            update.apply(update.step(part, max_tokens))
-        return update.result()
-
-
 def _split(groups: int, mini_batches: int, random: Random) -> list[list[int]]:
     """A random partition of the groups into parts whose sizes differ by at most one."""
     order = list(range(groups))
@@ -160,38 +107,171 @@ def _split(groups: int, mini_batches: int, random: Random) -> list[list[int]]:
     return [order[i::mini_batches] for i in range(mini_batches)]
 
 
-class _Update:
-    """The rows of one set of rollouts, and what has been found out about them so far."""
+class PolicyLearning:
+    """`mini_batches` random parts of a set of groups, `epochs` times over, an optimizer step for each.
 
-    def __init__(self, learner, groups, objective, temperature: float, micro_batch_tokens: int, share, timer) -> None:
-        self.learner, self.objective, self.timer = learner, objective, timer
-        self.temperature, self.micro_batch_tokens = temperature, micro_batch_tokens
-        self.rows: list[Row] = rows_from_groups(groups, advantages(groups, objective.normalize_std))
-        bounds = np.cumsum([0] + [len(group.rollouts) for group in groups])
-        self.members = [range(a, b) for a, b in pairwise(bounds)]
-        everything = objective.kl_coef > 0  # the KL term has a gradient whatever the advantage
-        self.live = [everything or row.advantage != 0.0 for row in self.rows]
-        self.shared = share == "always" or (share == "auto" and self._saving() >= SAVED)
+    Groups are added as they finish. Those of the first part go into micro-batches in that order, a micro-batch being
+    made as soon as it is full, so that its gradient can be computed `now`, while other groups are still being drawn, or
+    when all are there: the sums are the same, and so are their bits. The weights move in `finish` alone.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        sizes: Sequence[int],
+        objective: ObjectiveConfig,
+        *,
+        random: Random,
+        reference: Decoder | None = None,
+        old_logprobs: OldLogprobs = "auto",
+        logprob_bound: float = 1e-3,
+        mini_batches: int = 1,
+        epochs: int = 1,
+        micro_batch_tokens: int = 16384,
+        share_prompts: SharePrompts = "auto",
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
+        timer: PhaseTimer | None = None,
+    ) -> None:
+        """sizes: rollouts of each group to come. reference: needed when `objective.kl_coef` > 0, never called
+        otherwise. old_logprobs: whose log-probs the ratio is taken to; `auto` is the sampler's while the mean
+        difference is at most `logprob_bound` nats a token, or where the groups are of older weights than the learner's
+        (the ratio must then account for it). share_prompts: whether a group's prompt is forwarded once; `auto` where
+        that saves SAVED of the tokens. temperature: the sampler's. max_tokens: the sampler's limit, needed by the
+        aggregate `constant`. timer: charged under "logprob" and "learn".
+        Raises UserError for settings that cannot be met.
+        """
+        if temperature <= 0:
+            raise UserError("RL needs sampling.temperature > 0: greedy samples of a prompt are all the same")
+        if objective.kl_coef > 0 and reference is None:
+            raise UserError("objective.kl_coef > 0 needs a reference model")
+        if objective.truncated_is is not None and old_logprobs == "sampler":
+            raise UserError(
+                "objective.truncated_is corrects recomputed old log-probs: old_logprobs must be auto or recompute"
+            )
+        if len(sizes) < mini_batches:
+            raise UserError(
+                f"{len(sizes)} prompts cannot be split into {mini_batches} mini-batches: lower mini_batches"
+            )
+        self.learner, self.objective, self.timer = learner, objective, timer or PhaseTimer()
+        self.reference = reference if objective.kl_coef > 0 else None
+        self.old_logprobs, self.bound = old_logprobs, logprob_bound
+        self.temperature, self.max_tokens, self.share = temperature, max_tokens, share_prompts
+        self.micro_batch_tokens = micro_batch_tokens
+        self.parts = [part for _ in range(epochs) for part in _split(len(sizes), mini_batches, random)]
+        self.count = sum(sizes[group] for group in self.parts[0])  # rows of the first optimizer step
+        self.groups = len(sizes)
+        self.members: dict[int, range] = {}  # of each group that is there: its rows
+        self.rows: list[Row] = []
+        self.live: list[bool] = []
+        self.stale = False
         self.whose: Literal["sampler", "learner"] = "sampler"
         self.difference: tuple[float, float] | None = None
         self.steps: list[StepStats] = []
+        self._first = frozenset(self.parts[0])
+        self._filling = Filling(self.rows, self._tokens, self._shares)
+        self._full: list[tuple[list[int], bool]] = []  # micro-batches whose gradient is still to be computed
+        self._learned: list[list[int]] = []  # the rows of those whose gradient is there
+        self._gradient: Accumulation | None = None
 
-    def _saving(self) -> float:
-        """Share of the forwarded tokens that sharing prompts saves."""
-        live = [row for row, alive in zip(self.rows, self.live, strict=True) if alive]
-        return 1 - shared_tokens(live) / max(1, sum(row_lengths(live)))
+    def add(self, index: int, group: RolloutGroup, now: bool = False) -> None:
+        """Group number `index` has finished and is scored. `now`: compute the gradient of what is full with it.
 
-    def _plan(self, rows: Sequence[Row]) -> list[list[int]]:
-        tokens = min(self.micro_batch_tokens, self.learner.room.limit or self.micro_batch_tokens)
-        return plan_rows(rows, tokens, self.shared)
+        A correction by truncated importance weights must be decided on before any loss; then nothing is computed yet.
+        ValueError for a group of other weights than the learner's that is to be learned from `now`."""
+        values = advantages([group], self.objective.normalize_std)
+        rows = rows_from_groups([group], values, index)
+        self.members[index] = range(len(self.rows), len(self.rows) + len(rows))
+        self.rows += rows
+        everything = self.objective.kl_coef > 0  # the KL term has a gradient whatever the advantage
+        self.live += [everything or row.advantage != 0.0 for row in rows]
+        self.stale = self.stale or group.weights_version != self.learner.model.weights_version
+        if index in self._first:
+            self._full += self._filling.add([i for i in self.members[index] if self.live[i]])
+        if now and self.objective.truncated_is is None and world().size == 1:
+            if self.stale:
+                raise ValueError("a group of older weights can be learned from only when all groups are there")
+            self._learn(self.old_logprobs != "sampler")
 
-    def _pack(self, rows: Sequence[Row], weights, device, order: list[list[int]]) -> list[PackedBatch]:
-        return pack(rows, weights, self.micro_batch_tokens, device, order, self.shared)
+    def finish(self) -> PolicyUpdate:
+        """Every group has been added: the rest of the first gradient, then all optimizer steps."""
+        if len(self.members) != self.groups:
+            raise ValueError(f"{len(self.members)} of {self.groups} groups were added")
+        with self.timer("learn"):
+            corrected = self.objective.truncated_is is not None and self.correct(self.old_logprobs, self.bound)
+            trusted = self.old_logprobs == "sampler" or (self.old_logprobs == "auto" and self.stale)
+            own = not (corrected or trusted)
+            self._full += self._filling.rest()
+            first = self._first_step(own)
+            if not corrected:
+                self.compare(first)
+            if own:
+                self.whose = "learner"
+            if own and len(self.parts) > 1:
+                self.settle(first, self.old_logprobs, self.bound)
+            self.apply(first)
+            for part in self.parts[1:]:
+                self.apply(self.step(part))
+            return self.result()
 
-    def ask_reference(self, reference: Decoder) -> None:
-        every = range(len(self.rows))
-        for i, values in zip(every, self._log_probs(reference, every), strict=True):
-            self.rows[i] = replace(self.rows[i], ref_logprobs=values)
+    # -- the first gradient, micro-batch by micro-batch ----------------------------------------------------------------
+
+    def _learn(self, on_policy: bool) -> None:
+        """The gradient of the micro-batches that are full. `on_policy`: ratios to this very pass."""
+        if self._gradient is None:
+            self._gradient = Accumulation(self.learner, self._loss(on_policy))
+        batches = []
+        for ids, shared in self._full:
+            rows = [self.rows[i] for i in ids]
+            weights = loss_weights(rows, self.objective.aggregate, self.max_tokens, of=self.count)
+            every = [list(range(len(rows)))]
+            batches += pack(rows, weights, self.micro_batch_tokens, self.learner.model.device, every, shared)
+        if self.reference is not None and batches:
+            with self.timer("logprob"):
+                known = log_probs(self.reference, batches, self.temperature, self.learner.room)
+            batches = [replace(batch, ref_logprob=values) for batch, values in zip(batches, known, strict=True)]
+            if len(self.parts) > 1:
+                self._keep([ids for ids, _ in self._full], batches, known, "ref_logprobs")
+        self._gradient.add(batches)
+        self._learned += [ids for ids, _ in self._full]
+        self._full = []
+
+    def _first_step(self, on_policy: bool) -> _Step:
+        self._learn(on_policy)
+        rows = [self.rows[i] for group in self.parts[0] for i in self.members[group]]
+        scale = late_scale(self.objective.aggregate, self.count, sum(row.completion_length for row in rows))
+        ends = np.cumsum([0, *map(len, self._learned)])
+        order = [list(range(a, b)) for a, b in pairwise(ends)]
+        ids = [i for part in self._learned for i in part]
+        return _Step(ids, order, self._gradient.batches, self._gradient.done(scale))
+
+    def _loss(self, on_policy: bool) -> Loss:
+        return partial(policy_loss, objective=self.objective, temperature=self.temperature, on_policy=on_policy)
+
+    def _keep(self, parts: Sequence[list[int]], batches: Sequence[PackedBatch], values: Sequence[Tensor], name) -> None:
+        """Per-token values of micro-batches of the rows `parts`, as the rows' stream `name`."""
+        for ids, batch, value in zip(parts, batches, values, strict=True):
+            for i, own in zip(ids, unpack([value], [batch], [list(range(len(ids)))]), strict=True):
+                self.rows[i] = replace(self.rows[i], **{name: own})
+
+    # -- which rows go together ----------------------------------------------------------------------------------------
+
+    def _tokens(self) -> int:
+        return min(self.micro_batch_tokens, self.learner.room.limit or self.micro_batch_tokens)
+
+    def _shares(self, rows: Sequence[Row]) -> bool:
+        """Whether the prompts of these rows are laid down once a group."""
+        if self.share != "auto":
+            return self.share == "always"
+        return 1 - shared_tokens(rows) / max(1, sum(row_lengths(rows))) >= SAVED
+
+    def _packed(self, rows: Sequence[Row], weights) -> tuple[list[list[int]], list[PackedBatch]]:
+        """All of them at once, best fit: the order of `plan_rows` and its micro-batches."""
+        shared = self._shares(rows)
+        order = plan_rows(rows, self._tokens(), shared)
+        return order, pack(rows, weights, self.micro_batch_tokens, self.learner.model.device, order, shared)
+
+    # -- the optimizer steps -------------------------------------------------------------------------------------------
 
     def correct(self, old_logprobs: OldLogprobs, bound: float) -> bool:
         """Truncated importance sampling: the advantage of a token times min(pi_learner / pi_sampler, C), the old
@@ -201,7 +281,8 @@ class _Update:
         if not live:
             return False
         if old_logprobs == "auto":
-            probe = [live[at] for at in self._plan([self.rows[i] for i in live])[0]]
+            rows = [self.rows[i] for i in live]
+            probe = [live[at] for at in plan_rows(rows, self._tokens(), self._shares(rows))[0]]
             self._measure(probe, self._log_probs(self.learner.model, probe))
             if self.difference[0] <= bound:
                 return False
@@ -212,16 +293,18 @@ class _Update:
             self.rows[i] = replace(self.rows[i], correction=np.minimum(ratio, self.objective.truncated_is))
         return True
 
-    def step(self, part: list[int], max_tokens: int | None, on_policy: bool = False) -> _Step:
-        """The gradient of the groups `part`; `apply` then moves the weights. `on_policy`: ratios to this very pass."""
+    def step(self, part: list[int]) -> _Step:
+        """The gradient of the groups `part`, after the first step; `apply` then moves the weights."""
         members = [i for group in part for i in self.members[group]]
-        weights = loss_weights([self.rows[i] for i in members], self.objective.aggregate, max_tokens)
+        weights = loss_weights([self.rows[i] for i in members], self.objective.aggregate, self.max_tokens)
         kept = [at for at, i in enumerate(members) if self.live[i]]
-        ids, rows = [members[at] for at in kept], [self.rows[members[at]] for at in kept]
-        order = self._plan(rows)
-        batches = self._pack(rows, weights[kept], self.learner.model.device, order)
-        loss = partial(policy_loss, objective=self.objective, temperature=self.temperature, on_policy=on_policy)
-        return _Step(ids, order, batches, self.learner.accumulate(batches, loss))
+        ids = [members[at] for at in kept]
+        if self.reference is not None:
+            unknown = [i for i in ids if self.rows[i].ref_logprobs is None]
+            for i, values in zip(unknown, self._log_probs(self.reference, unknown), strict=True):
+                self.rows[i] = replace(self.rows[i], ref_logprobs=values)
+        order, batches = self._packed([self.rows[i] for i in ids], weights[kept])
+        return _Step(ids, order, batches, self.learner.accumulate(batches, self._loss(on_policy=False)))
 
     def apply(self, step: _Step) -> None:
         self.steps.append(self.learner.apply(step.found))
@@ -259,8 +342,7 @@ class _Update:
         """Per-token log-probs of the rows `ids` under `model`."""
         with self.timer("logprob"):
             rows = [Row(self.rows[i].tokens, self.rows[i].prompt_length, group=self.rows[i].group) for i in ids]
-            order = self._plan(rows)
-            batches = self._pack(rows, None, model.device, order)
+            order, batches = self._packed(rows, None)
             return unpack(log_probs(model, batches, self.temperature, self.learner.room), batches, order)
 
     def _measure(self, ids: Sequence[int], values: Sequence[np.ndarray]) -> None:
@@ -268,7 +350,7 @@ class _Update:
         self.difference = (float(gaps.mean()), float(gaps.max()))
 
     def result(self) -> PolicyUpdate:
-        trained = sum(any(self.live[i] for i in members) for members in self.members)
+        trained = sum(any(self.live[i] for i in members) for members in self.members.values())
         mean, largest = self.difference or (None, None)
         return PolicyUpdate(self.steps, mean, largest, self.whose, trained)
 
@@ -285,3 +367,20 @@ class _Step:
     @property
     def logps(self) -> list[Tensor]:
         return [told.logp for told in self.found.stats]
+
+
+def train_policy(
+    learner: Learner,
+    groups: Sequence[RolloutGroup],
+    objective: ObjectiveConfig,
+    *,
+    order: Sequence[int] | None = None,
+    **settings: Any,
+) -> PolicyUpdate:
+    """All optimizer steps over `groups`; `settings` are those of PolicyLearning.
+
+    order: in which the groups count as having finished; that of the list where None."""
+    learning = PolicyLearning(learner, [len(group.rollouts) for group in groups], objective, **settings)
+    for index in range(len(groups)) if order is None else order:
+        learning.add(index, groups[index])
+    return learning.finish()

@@ -45,13 +45,15 @@ class Room:
         work: Callable[[PackedBatch], Result],
         merge: Callable[[list[Result]], Result],
         undo: Callable[[], None] | None = None,
+        found: list[Result] | None = None,
     ) -> list[Result]:
         """`work` of each batch, or of its pieces, put together by `merge`.
 
+        found: what an earlier call gave of the first of `batches`; this one goes on from there, in place.
         undo: called before all is begun anew where `work` leaves something behind (a gradient); without it only the
         batch that did not fit is done again. UserError where a single sequence does not fit in any way.
         """
-        found: list[Result] = []
+        found = [] if found is None else found
         while len(found) < len(batches):
             piece = None
             try:
@@ -68,7 +70,7 @@ class Room:
             self._shrink(piece, undo is not None)
             if undo is not None:
                 undo()
-                found = []
+                found.clear()
         return found
 
     def _shrink(self, batch: PackedBatch, graded: bool) -> None:
