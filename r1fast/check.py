@@ -16,7 +16,7 @@ from r1fast import plugins, rewards
 from r1fast import tasks as task_kinds
 from r1fast.config import UserError, nearest
 from r1fast.graph import data_sources, order, tasks_of, uses_evaluation
-from r1fast.schema import DataSource, EvaluationConfig, RecipeConfig, SamplingConfig, TaskConfig
+from r1fast.schema import DataSource, EvaluationConfig, GRPOStage, RecipeConfig, SamplingConfig, TaskConfig
 from r1fast.tasks.rows import RowTask
 
 if TYPE_CHECKING:
@@ -100,6 +100,22 @@ def _names(recipe: RecipeConfig) -> None:
                     f"stages.{name}.reference_refresh cannot be kept with adapters: the reference is the base, "
                     f"which the adapters are beside; set it to null, or train all weights"
                 )
+            if stage.overlap == "always":
+                _overlap(name, stage)
+
+
+def _overlap(name: str, stage: GRPOStage) -> None:
+    """Learning from groups while others are drawn, where that was asked for."""
+    reasons = {
+        "adapters": stage.adapters is not None and "they are merged into the weights while the sampler runs",
+        "dynamic_sampling": stage.dynamic_sampling and "which groups it keeps is known when all are drawn",
+        "objective.truncated_is": stage.objective.truncated_is is not None and "it is decided on before any gradient",
+        "reward_model": stage.reward_model is not None and "it scores all groups together",
+        "safety_model": stage.safety_model is not None and "it scores all groups together",
+    }
+    for key, why in reasons.items():
+        if why:
+            raise UserError(f"stages.{name}: overlap=always and {key} exclude each other ({why}); set overlap=auto")
 
 
 def _one_source(source: DataSource, place: str) -> None:

@@ -215,6 +215,7 @@ class GRPOStage(StageBase):
     logprob_bound: PositiveFloat = 1e-3  # mean |sampler - learner| in nats under which the sampler's are used
     reward_model: str | None = None  # the stage that trained what the reward `preference` asks
     safety_model: str | None = None  # the stage (pointwise) that trained what the reward `safety` asks
+    overlap: Literal["auto", "always", "never"] = "auto"  # of drawing and learning (docs/learning.md); changes no bit
     evaluate_every: int = Field(0, ge=0)  # steps between points of the pass@1 curve; 0: only at the end
 
 

@@ -37,6 +37,19 @@ STAGES = {
         "evaluate": False,
         "optimizer": {"learning_rate": 1e-3},
     },
+    "overlap": {
+        "kind": "grpo",
+        "mix": [{"task": "totals"}],
+        "steps": 5,
+        "prompts_per_step": 6,
+        "group_size": 4,
+        "micro_batch_tokens": 100,
+        "sampling": SHORT,
+        "objective": {"kl_coef": 0.01, "aggregate": "token"},
+        "overlap": "always",
+        "evaluate": False,
+        "optimizer": {"learning_rate": 1e-3},
+    },
     "reject": {"kind": "reject", "task": "totals", "prompts": 600, "samples": 1, "sampling": SHORT, "at_least": 0},
     "reward_model": {"kind": "reward_model", "task": "chat", "pairs": 96, "batch_pairs": 8},
 }
@@ -83,7 +96,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 def told(out: Path) -> list[dict]:
     """The log without what a clock says, or the machine's memory; a whole run has not the line `resumed`."""
-    clocks = ("time", "seconds", "phase_seconds", "tokens_per_second", "free")
+    clocks = ("time", "seconds", "phase_seconds", "overlap_seconds", "tokens_per_second", "free")
     rows = [{k: v for k, v in row.items() if k not in clocks} for row in read_events(out)]
     return [row for row in rows if row.get("status") != "resumed"]
 
@@ -95,6 +108,7 @@ def told(out: Path) -> list[dict]:
     ("grpo", 7, 1),  # in the second step's lines
     ("grpo", 15, 2),
     ("grpo", 18, 1),
+    ("overlap", 13, 2),  # in the fourth step's lines: the third one's groups come from the journal
     ("reject", 3, 1),
     ("reward_model", 8, 3),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ from micro_run import run_micro_stages
 
 from r1fast.config import UserError
 from r1fast.metrics import read_events
-from r1fast.stages.grpo import GRPOStageRun, shares
+from r1fast.stages.drawing import Draws, shares
 from r1fast.stages.pretrain import batches_of
 from r1fast.stages.reject import keep, why_dropped
 from r1fast.types import Prompt, Rollout, RolloutGroup
@@ -49,17 +49,19 @@ def group(rewards):
 
 
 def drawn_from(batches, rounds=3, want=2):
-    """GRPOStageRun.draw over a scripted sampler."""
-    loop = GRPOStageRun.__new__(GRPOStageRun)
-    loop.stage = SimpleNamespace(prompts_per_step=want, dynamic_sampling=True, dynamic_rounds=rounds)
+    """Draws.draw over scripted rounds; the learner must be given what is drawn."""
+    draws, added = Draws.__new__(Draws), {}
+    draws.stage = SimpleNamespace(prompts_per_step=want, dynamic_sampling=True, dynamic_rounds=rounds)
     script, asked = iter(batches), []
 
-    def sample(step, count, round_):
-        asked.append((count, round_))
+    def sample(step, count, drawn, learning):
+        asked.append((count, drawn.rounds))
         return next(script)
 
-    loop._sample_and_score = sample
-    return loop.draw(0), asked
+    draws._round = sample
+    drawn = draws.draw(0, SimpleNamespace(add=added.__setitem__))
+    assert added == dict(enumerate(drawn.groups))
+    return drawn, asked
 
 
 def test_dynamic_sampling_replaces_groups_without_variance():

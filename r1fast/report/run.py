@@ -55,9 +55,16 @@ class StageRecord:
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds by phase, summed over its steps."""
+        return self._summed("phase_seconds")
+
+    def overlap_seconds(self) -> dict[str, float]:
+        """Seconds of scoring and learning that were done while something else was waited for."""
+        return self._summed("overlap_seconds")
+
+    def _summed(self, key: str) -> dict[str, float]:
         total: dict[str, float] = {}
         for event in self.steps.values():
-            for phase, seconds in (event.get("phase_seconds") or {}).items():
+            for phase, seconds in (event.get(key) or {}).items():
                 total[phase] = total.get(phase, 0.0) + float(seconds)
         return total
 

@@ -106,18 +106,23 @@ def time_section(run: Run) -> Html:
     for name, seconds in spent.items():
         if totals[name] > 0:
             rates = [_rate(run.stages[name], phase) for phase in RATED]
-            rows.append(_time_row(tag("code", name), _bar(name, seconds, longest), totals[name], rates))
+            hidden = sum(run.stages[name].overlap_seconds().values())
+            rows.append(_time_row(tag("code", name), _bar(name, seconds, longest), totals[name], hidden, rates))
     whole = {phase: sum(seconds[phase] for seconds in spent.values()) for phase in PHASES}
     total_rates: Mapping[str, Any] = (run.summary or {}).get("tokens_per_second") or {}
-    rows.append(_time_row(tag("b", "all"), None, sum(whole.values()), [number(total_rates, p) for p in RATED]))
-    head = tag("tr", [tag("th", h) for h in ("stage", "", "time", "sampled tokens/s", "learned tokens/s")])
+    hidden = sum(sum(stage.overlap_seconds().values()) for stage in run.stages.values())
+    rows.append(_time_row(tag("b", "all"), None, sum(whole.values()), hidden, [number(total_rates, p) for p in RATED]))
+    titles = ("stage", "", "time", "and overlapped", "sampled tokens/s", "learned tokens/s")
+    head = tag("tr", [tag("th", h) for h in titles])
     table = tag("table", tag("thead", head), tag("tbody", rows), class_="times")
     key = [_phase(phase, s) for phase, s in whole.items() if s > 0]
     return tag("div", tag("ul", key, class_="phases"), tag("div", table, class_="scroll"))
 
 
-def _time_row(name: Html, bar: Html | None, seconds: float, rates: list[float | None]) -> Html:
-    cells = [tag("td", short(rate) if rate else "–") for rate in rates]
+def _time_row(name: Html, bar: Html | None, seconds: float, hidden: float, rates: list[float | None]) -> Html:
+    """hidden: seconds of scoring and learning beside these, while something else was waited for."""
+    cells = [tag("td", duration(hidden) if hidden >= 0.05 else "–")]
+    cells += [tag("td", short(rate) if rate else "–") for rate in rates]
     return tag("tr", tag("td", name), tag("td", bar), tag("td", duration(seconds)), cells)
 
 

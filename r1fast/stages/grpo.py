@@ -8,9 +8,6 @@ hold the same model object, so there are no weights to sync; `weights_version` s
 from __future__ import annotations
 
 import shutil
-import time
-from collections import Counter
-from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -23,57 +20,26 @@ from r1fast.model.decoder import Decoder
 from r1fast.model.lora import BasePolicy, add_adapters, merged
 from r1fast.model.sharding import gathered
 from r1fast.model.weights import clone, copy_weights
-from r1fast.parallel import world
-from r1fast.rewards.length import overlong_penalty
-from r1fast.rewards.scoring import count_errors, score, stop_above
+from r1fast.rewards.scoring import count_errors
 from r1fast.stages.alarms import Alarms
 from r1fast.stages.context import StageOutcome
+from r1fast.stages.drawing import Draws
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
 from r1fast.stages.fitting import announce, fit, keep
-from r1fast.stages.inputs import PromptStream, sample_texts, sampler_for, sampling_params, spread, start_model
+from r1fast.stages.inputs import sampler_for, spread, start_model
 from r1fast.stages.journal import Journal
 from r1fast.stages.reward_model import PreferenceReward
 from r1fast.stages.steps import PolicyState, RandomState, Steps
 
 if TYPE_CHECKING:
-    from r1fast.rollout.sampler import SamplingParams
-    from r1fast.schema import GRPOStage, MixEntry
+    from r1fast.learn.policy import PolicyLearning, PolicyUpdate
+    from r1fast.schema import GRPOStage
     from r1fast.stages.context import StageContext
+    from r1fast.stages.drawing import Drawn
     from r1fast.stages.steps import Stateful
-    from r1fast.types import Prompt, RolloutGroup
 
 ROLLOUTS = "rollouts"  # the journal, while the stage runs
 SAMPLED_LINES = 2  # training samples a logged step writes to samples.jsonl
-
-
-@dataclass(slots=True)
-class Source:
-    """A mix entry with its endless prompts."""
-
-    entry: MixEntry
-    stream: PromptStream
-    first_step: int
-
-
-@dataclass(slots=True)
-class Drawn:
-    """The groups of one step and what it took to get them."""
-
-    groups: list[RolloutGroup] = field(default_factory=list)
-    sampled: list[RolloutGroup] = field(default_factory=list)  # before dynamic sampling dropped any: what is reported
-    rounds: int = 0
-
-
-def shares(sources: list[Source], step: int, count: int) -> list[int]:
-    """Prompts of each source at `step`: proportional to the shares of the active ones, summing to `count` exactly."""
-    active = [s.entry.share if step >= s.first_step else 0.0 for s in sources]
-    total = sum(active)
-    exact = [count * a / total for a in active]
-    counts = [int(x) for x in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: count - sum(counts)]:
-        counts[i] += 1
-    return counts
 
 
 class GRPOStageRun:
@@ -85,7 +51,6 @@ class GRPOStageRun:
         self.model, self.tokenizer = start_model(ctx, stage.from_)
         self.sampler = sampler_for(self.model, self.tokenizer)
         self.reference = self._reference()
-        self.trained = self._trained_rewards()
         for model in (self.model, self.reference):
             if isinstance(model, Decoder):
                 spread(ctx, model)
@@ -93,11 +58,12 @@ class GRPOStageRun:
         together = min(together, self.sampler.max_seqs)
         self.learner, self.plan = fit(ctx, self.model, self.model.config, steps, together)
         self.random = Random(ctx.seed)
-        self.sources = [self._source(i, entry) for i, entry in enumerate(stage.mix)]
-        if all(s.first_step > 0 for s in self.sources):
-            raise UserError(f"stage {ctx.name!r}: no entry of its mix is active at the first step; give one start: 0")
         self.timer = PhaseTimer()
         self.journal = Journal(ctx.directory / ROLLOUTS)
+        trained = self._trained_rewards()
+        self.draws = Draws(ctx, self.model, self.tokenizer, self.sampler, trained, self.journal, self.timer)
+        if all(s.first_step > 0 for s in self.draws.sources):
+            raise UserError(f"stage {ctx.name!r}: no entry of its mix is active at the first step; give one start: 0")
         self.alarms = Alarms(stage.logprob_bound)
         self.loop = Steps(ctx, stage.steps, self._state(), self.timer)
 
@@ -107,7 +73,7 @@ class GRPOStageRun:
         state["alarms"] = self.alarms
         if isinstance(self.reference, Decoder):
             state["reference"] = PolicyState(self.reference)
-        return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.sources)}}
+        return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.draws.sources)}}
 
     def _reference(self) -> Decoder | BasePolicy | None:
         """What KL is measured to: a copy of the start, or the model without the adapters that it gets here."""
@@ -122,104 +88,13 @@ class GRPOStageRun:
         named = {"preference": self.stage.reward_model, "safety": self.stage.safety_model}
         return {kind: PreferenceReward.load(self.ctx, stage) for kind, stage in named.items() if stage is not None}
 
-    def _source(self, index: int, entry: MixEntry) -> Source:
-        task = self.ctx.tasks[entry.task]
-        first = round(entry.start * self.stage.steps)
-        share = entry.share / sum(e.share for e in self.stage.mix if e.start <= entry.start)
-        count = round(share * self.stage.prompts_per_step * (self.stage.steps - first)) + self.stage.prompts_per_step
-        if self.stage.dynamic_sampling:
-            count *= self.stage.dynamic_rounds
-        stream = PromptStream(self.ctx, task, self.tokenizer, self.stage.sampling, count, self.ctx.seed + 7 * index)
-        return Source(entry, stream, first)
-
-    # -- draw ---------------------------------------------------------------------------------------------------
-
-    def draw(self, step: int) -> Drawn:
-        """Groups of one step. With dynamic sampling, groups whose rewards are all equal are replaced by fresh ones,
-        at most `dynamic_rounds` times (DAPO section 3.2); what is still missing then is made up of the dropped."""
-        drawn = Drawn()
-        spare: list[RolloutGroup] = []
-        want = self.stage.prompts_per_step
-        while True:
-            fresh = self._sample_and_score(step, want - len(drawn.groups), drawn.rounds)
-            drawn.sampled += fresh
-            drawn.rounds += 1
-            if not self.stage.dynamic_sampling:
-                drawn.groups = fresh
-                return drawn
-            drawn.groups += [g for g in fresh if informative(g)]
-            spare += [g for g in fresh if not informative(g)]
-            if len(drawn.groups) >= want or drawn.rounds >= self.stage.dynamic_rounds:
-                drawn.groups += spare[: want - len(drawn.groups)]
-                return drawn
-
-    def _sample_and_score(self, step: int, count: int, round_: int) -> list[RolloutGroup]:
-        counts = shares(self.sources, step, count)
-        prompts: list[Prompt] = []
-        owner: list[Source] = []
-        for source, number in zip(self.sources, counts, strict=True):
-            prompts += source.stream.take(number)
-            owner += [source] * number
-        known = world().on_first(lambda: self.journal.read(step, round_, prompts))
-        if known is not None:
-            return known
-        began = time.monotonic()
-        seed = (self.ctx.seed * 1_000_003 + step * 101 + round_) % 2**62
-        params = self._params(prompts, seed)
-
-        def draw(own: list[int]) -> list[RolloutGroup]:
-            with self.timer("sample"):
-                groups = sample_texts(self.sampler, [prompts[i] for i in own], [params[i] for i in own], self.tokenizer)
-            with self.timer("score"):
-                return self._score(groups, [owner[i] for i in own])
-
-        self.sampler.forget()  # or log-probs would depend, in their last bits, on what was sampled before
-        with gathered(self.model):
-            groups = world().map(range(count), draw, [1.0] * count)
-        stop_above(groups, self.ctx.recipe.rewards.max_failures)
-        if world().first and time.monotonic() - began >= self.ctx.recipe.checkpoint.rollout_seconds:
-            self.journal.write(step, round_, groups)
-        return groups
-
-    def _params(self, prompts: list[Prompt], seed: int) -> list[SamplingParams]:
-        """One for each prompt: a prompt that comes again has a seed of its own, whichever ranks draw the two."""
-        turns: Counter[tuple[int, ...]] = Counter()
-        found = []
-        for prompt in prompts:
-            found.append(sampling_params(self.stage.sampling, self.stage.group_size, seed + turns[prompt.tokens] * 31))
-            turns[prompt.tokens] += 1
-        return found
-
-    def _score(self, groups: list[RolloutGroup], owner: list[Source]) -> list[RolloutGroup]:
-        scored: list[RolloutGroup | None] = [None] * len(groups)
-        for source in self.sources:
-            mine = [i for i, o in enumerate(owner) if o is source]
-            if not mine:
-                continue
-            task = self.ctx.tasks[source.entry.task]
-            own = [groups[i] for i in mine]
-            given = {kind: ask(own) for kind, ask in self.trained.items() if kind in source.entry.rewards}
-            result = score(own, source.entry.rewards, task.verifier, pool=self.ctx.pool, given=given)
-            for i, group in zip(mine, result, strict=True):
-                scored[i] = self._shape(group)
-        return scored
-
-    def _shape(self, group: RolloutGroup) -> RolloutGroup:
-        if self.stage.overlong is None:
-            return group
-        limit, window = self.stage.sampling.max_tokens, self.stage.overlong.window
-        rollouts = []
-        for r in group.rollouts:
-            penalty = overlong_penalty(len(r.tokens), limit, window)
-            rollouts.append(replace(r, reward=r.reward + penalty, rewards={**r.rewards, "overlong": penalty}))
-        return replace(group, rollouts=rollouts)
-
     # -- learn and report -----------------------------------------------------------------------------------------
 
-    def learn(self, groups: list[RolloutGroup]):
+    def learning(self) -> PolicyLearning:
+        """A step's learning, before its groups are there."""
         stage = self.stage
-        return self.learner.train_policy(
-            groups,
+        return self.learner.policy_learning(
+            [stage.group_size] * stage.prompts_per_step,
             stage.objective,
             reference=self.reference,
             old_logprobs=stage.old_logprobs,
@@ -231,14 +106,16 @@ class GRPOStageRun:
             temperature=stage.sampling.temperature,
             max_tokens=stage.sampling.max_tokens,
             random=self.random,
-            timer=self.timer,
+            timer=PhaseTimer() if self.draws.when == "beside" else self.timer,  # a timer is one thread's
         )
 
     def step(self, step: int) -> dict[str, Any]:
         """Step number `step`, from 1: draw, learn, report. Returns what the log was told."""
+        learning = self.learning()
         with merged(self.model):
-            drawn = self.draw(step - 1)
-        return self.report(step, drawn, self.learn(drawn.groups))
+            drawn = self.draws.draw(step - 1, learning)
+        learning.timer = self.timer
+        return self.report(step, drawn, learning.finish())
 
     def _drafts(self) -> dict[str, Any]:
         """Of the last call of the sampler: guessed tokens, how many were right, and the steps it took."""
@@ -251,7 +128,7 @@ class GRPOStageRun:
             "decode_steps": told.steps + told.plain_steps,
         }
 
-    def report(self, step: int, drawn: Drawn, update) -> dict[str, Any]:
+    def report(self, step: int, drawn: Drawn, update: PolicyUpdate) -> dict[str, Any]:
         rollouts = [r for g in drawn.sampled for r in g.rollouts]
         kinds = sorted({kind for r in rollouts for kind in r.rewards})
         by_kind = {}
@@ -276,6 +153,7 @@ class GRPOStageRun:
             step=step,
             steps=self.stage.steps,
             phase_seconds=phases,
+            overlap_seconds=drawn.overlap,
             tokens=tokens,
             tokens_per_second=tokens / max(sum(phases.values()), 1e-9),
             rewards=by_kind,

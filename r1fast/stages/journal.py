@@ -32,10 +32,12 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def write(self, step: int, round_: int, groups: Sequence[RolloutGroup]) -> None:
-        """Scored groups, whole but for their prompts, which their streams give again."""
+    def write(self, step: int, round_: int, groups: Sequence[RolloutGroup], order: Sequence[int]) -> None:
+        """Scored groups, whole but for their prompts, which their streams give again, and in which order they finished:
+        the learner adds up their gradients in it."""
         rollouts = [r for group in groups for r in group.rollouts]
         arrays: dict[str, NDArray] = {"sizes": np.array([len(group.rollouts) for group in groups])}
+        arrays["order"] = np.array(order, np.int64)
         for name in _PER_TOKEN:
             values = [getattr(r, name) for r in rollouts]
             arrays[name] = np.array([x for v in values for x in v or ()], np.int64 if name == "tokens" else np.float64)
@@ -52,11 +54,15 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(temporary, path)
 
-    def read(self, step: int, round_: int, prompts: Sequence[Prompt]) -> list[RolloutGroup] | None:
-        """The groups of `prompts` as they were drawn; None where they were not written, or not whole."""
+    def read(
+        self, step: int, round_: int, prompts: Sequence[Prompt]
+    ) -> tuple[list[RolloutGroup], list[int]] | None:
+        """The groups of `prompts` as they were drawn, and in which order they finished; None where they were not
+        written, or not whole."""
         try:
             with np.load(self._path(step, round_), allow_pickle=False) as arrays:
-                return _groups({name: arrays[name] for name in arrays.files}, prompts)
+                found = {name: arrays[name] for name in arrays.files}
+                return _groups(found, prompts), found["order"].tolist()
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
