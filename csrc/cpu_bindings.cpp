@@ -152,6 +152,53 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   m.def(
+      "decoder_forward",
+      [&ops](Address layers, int64_t count, Address embedding, int64_t vocabulary, Address norm, Address cos,
+             Address sin, int64_t table_rows, int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
+             int64_t head_dim, int64_t blocks, int64_t block, float eps, Address tokens, Address positions,
+             Address slots, Address tables, Address contexts, Address starts, int64_t rows, int64_t sequences,
+             int64_t columns, int64_t table_row, Address out) {
+        if (starts) check_starts(at<const int32_t>(starts), sequences, rows);
+        if (!inside(at<const int64_t>(tokens), rows, vocabulary))
+          throw std::invalid_argument("decoder_forward: a token lies outside the vocabulary, which has " +
+                                      std::to_string(vocabulary) + " words");
+        check_positions("decoder_forward", at<const int64_t>(positions), rows, table_rows);
+        check_slots("decoder_forward", at<const int64_t>(slots), rows, blocks * block);
+        const int status = ops.decoder_forward(
+            {at<const r1::DecoderLayer>(layers), at<const float>(embedding), at<const float>(norm), at<const float>(cos),
+             at<const float>(sin), count, hidden, inner, heads, kv_heads, head_dim, blocks, block, eps,
+             at<const int64_t>(tokens), at<const int64_t>(positions), at<const int64_t>(slots),
+             at<const int32_t>(tables), at<const int32_t>(contexts), at<const int32_t>(starts), rows, sequences, columns,
+             table_row, at<float>(out)});
+        check_attention(status, columns, block, blocks);
+      },
+      Release());
+  m.def(
+      "linear_forward",
+      [&ops](Address x, int64_t x_row, Address weight, Address bias, int64_t rows, int64_t width, int64_t outputs,
+             Address y) {
+        if (!ops.linear_forward(at<const float>(x), x_row, at<const float>(weight), at<const float>(bias), rows, width,
+                                outputs, at<float>(y)))
+          throw std::bad_alloc();
+      },
+      Release());
+  m.def(
+      "linear_backward_input",
+      [&ops](Address d_y, int64_t d_row, Address weight, int64_t rows, int64_t width, int64_t outputs, Address d_x) {
+        ops.linear_backward_input(at<const float>(d_y), d_row, at<const float>(weight), rows, width, outputs,
+                                  at<float>(d_x));
+      },
+      Release());
+  m.def(
+      "linear_backward_weight",
+      [&ops](Address d_y, int64_t d_row, Address x, int64_t x_row, int64_t rows, int64_t width, int64_t outputs,
+             Address d_weight, Address d_bias) {
+        if (!ops.linear_backward_weight(at<const float>(d_y), d_row, at<const float>(x), x_row, rows, width, outputs,
+                                        at<float>(d_weight), at<float>(d_bias)))
+          throw std::bad_alloc();
+      },
+      Release());
+  m.def(
       "linear_head",
       [&ops](Address hidden, Address weight, Address targets, int64_t rows, int64_t width, int64_t vocabulary,
              float scale, int loss, Address slopes, Address old_logp, Address ref_logp, Address advantages,

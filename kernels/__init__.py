@@ -14,6 +14,7 @@ put_checkout_last()
 OP_MODULES = {
     "group_advantage": "group_advantage",
     "grpo_loss": "grpo_loss",
+    "linear": "linear",
     "linear_logprob": "linear_logprob",
     "linear_grpo_loss": "linear_grpo_loss",
     "linear_cross_entropy": "linear_grpo_loss",

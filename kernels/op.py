@@ -49,6 +49,11 @@ def _from_environment() -> str | None:
     return os.environ.get(VARIABLE)
 
 
+def requested() -> str | None:
+    """The backend asked for by `use_backend` or R1FAST_BACKEND, or None: what is chosen automatically."""
+    return _requested.get() or _from_environment()
+
+
 def _always(*_args) -> str | None:
     return None
 
@@ -63,6 +68,9 @@ class Backend:
     deterministic: bool = True  # its gradient has the same bits on a second run
     unavailable: Callable[[], str | None] = _always  # -> the reason it cannot run here, or None
     supports: Callable[..., str | None] = _always  # (*args) -> the reason it cannot take these arguments, or None
+    slower: Callable[..., str | None] = (
+        _always  # (*args) -> why it is only for who asks for it by name: measured slower
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +121,7 @@ class Op:
     def __call__(self, *args, backend: str | None = None):
         """Check the arguments, choose a backend, run it. Over a bare call of the reference this costs about 1 us."""
         self.check(*args)
-        asked = backend or _requested.get() or _from_environment()
+        asked = backend or requested()
         if asked:
             self._require(asked, args)
             return self._run(asked, args)
@@ -162,7 +170,7 @@ class Op:
     def _accepts(self, name: str, args: tuple) -> bool:
         if name == "reference":
             return True
-        reason = self.refusal(name, args)
+        reason = self.refusal(name, args) or self.backends[name].slower(*args)
         if reason is not None and (name, reason) not in self._said:
             self._said.add((name, reason))
             log.info("%s: backend %s passed over: %s", self.name, name, reason)

@@ -8,7 +8,7 @@ from r1fast_kernels import load_ops, native, rms_norm, rope, swiglu, varlen_atte
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable() is not None, reason=str(native.cpu_unavailable()))
 OPS = load_ops()
-STEP = ("varlen_attention", "rms_norm", "rope", "swiglu")
+STEP = ("linear", "varlen_attention", "rms_norm", "rope", "swiglu")
 
 
 def fused(rows: int, heads: int = 4, kv_heads: int = 2, width: int = 16) -> tuple[torch.Tensor, ...]:

@@ -97,6 +97,14 @@ def test_automatic_passes_over_what_is_missing_or_refuses_and_says_why_once(x, c
     assert caplog.messages == ["toy: backend cpu passed over: too short"]
 
 
+def test_what_was_measured_to_be_slower_is_only_for_who_asks_for_it(x, caplog):
+    op = toy(cpu=marked(1.0, slower=lambda x, factor: "it was slower" if len(x) < 5 else None))
+    with caplog.at_level(logging.INFO, "r1fast_kernels"):
+        assert (ran(op, x), ran(op, x[:3]), ran(op, x[:3])) == (1.0, REFERENCE, REFERENCE)
+    assert caplog.messages == ["toy: backend cpu passed over: it was slower"]
+    assert ran(op, x[:3], backend="cpu") == 1.0
+
+
 def test_automatic_never_takes_triton_for_a_cpu_tensor(x):
     assert ran(toy(triton=marked(2.0)), x) == REFERENCE
 

@@ -6,26 +6,32 @@
 #include "../common/host_device.h"
 
 // Every function, for the table that the bindings fill once per instruction set.
-#define R1_CPU_NAMES(X, isa)  \
-  X(isa, attention_forward)   \
-  X(isa, attention_backward)  \
-  X(isa, group_advantage)     \
+#define R1_CPU_NAMES(X, isa) \
+  X(isa, attention_backward) \
+  X(isa, attention_forward) \
+  X(isa, decoder_forward) \
+  X(isa, group_advantage) \
   X(isa, group_advantage_ids) \
-  X(isa, grpo_loss)           \
-  X(isa, linear_head)         \
-  X(isa, paged_append)        \
-  X(isa, paged_attention)     \
-  X(isa, philox_words)        \
-  X(isa, rms_norm_forward)    \
-  X(isa, rms_norm_backward)   \
-  X(isa, rope)                \
-  X(isa, rope_append)         \
-  X(isa, sample_token)        \
-  X(isa, swiglu_forward)      \
-  X(isa, swiglu_backward)     \
+  X(isa, grpo_loss) \
+  X(isa, linear_backward_input) \
+  X(isa, linear_backward_weight) \
+  X(isa, linear_forward) \
+  X(isa, linear_head) \
+  X(isa, paged_append) \
+  X(isa, paged_attention) \
+  X(isa, philox_words) \
+  X(isa, rms_norm_backward) \
+  X(isa, rms_norm_forward) \
+  X(isa, rope) \
+  X(isa, rope_append) \
+  X(isa, sample_token) \
+  X(isa, swiglu_backward) \
+  X(isa, swiglu_forward) \
   X(isa, vector_exp)
 
 #define R1_CPU_OPS                                                                                                    \
+  /* 0; what paged_attention refuses; or 4: memory ran out */                                                           \
+  int decoder_forward(const DecoderCall& call);                                                                         \
   /* rewards, out: [groups * group_size] */                                                                           \
   void group_advantage(const float* rewards, float* out, int64_t groups, int64_t group_size, bool normalize,          \
                        double eps);                                                                                   \
@@ -36,6 +42,14 @@
   void grpo_loss(const float* logp, const float* old_logp, const float* ref_logp, const float* advantages,            \
                  const float* weights, int64_t rows, float low, float high, float kl_coef, int kl_kind, float* loss,  \
                  float* slope, float* stats);                                                                         \
+  /* x: [rows, width], `x_row` apart; weight: [outputs, width]; bias: [outputs] or null; y: [rows, outputs]. */       \
+  /* The backward's d_y: [rows, outputs], `d_row` apart; d_bias null where not wanted. False when memory runs out */  \
+  bool linear_forward(const float* x, int64_t x_row, const float* weight, const float* bias, int64_t rows,            \
+                      int64_t width, int64_t outputs, float* y);                                                      \
+  void linear_backward_input(const float* d_y, int64_t d_row, const float* weight, int64_t rows, int64_t width,       \
+                             int64_t outputs, float* d_x);                                                            \
+  bool linear_backward_weight(const float* d_y, int64_t d_row, const float* x, int64_t x_row, int64_t rows,           \
+                              int64_t width, int64_t outputs, float* d_weight, float* d_bias);                        \
   /* False when memory runs out */                                                                                    \
   bool linear_head(const HeadCall& call);                                                                             \
   /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all slots, row]; slots: inside of the cache */        \
@@ -115,6 +129,25 @@ struct RopeAppend {
   float eps;
   int64_t rows, heads, kv_heads, half;
   float *q_out, *keys, *values;         // [rows, heads, 2 half]; the cache, [slots, kv_heads, 2 half]
+};
+
+// A decoder's weights and its cache, [slots, kv_heads, head_dim] a layer; null: the model has no such weight.
+struct DecoderLayer {
+  const float *input_norm, *qkv_proj, *qkv_bias, *q_norm, *k_norm, *o_proj, *o_bias, *post_norm, *gate_up_proj,
+      *gate_up_bias, *down_proj, *down_bias;
+  float *keys, *values;
+};
+
+// New tokens of sequences in the cache, each with a table and a context of its own, on their way through all layers.
+struct DecoderCall {
+  const DecoderLayer* layers;
+  const float *embedding, *norm, *cos, *sin;
+  int64_t count, hidden, inner, heads, kv_heads, head_dim, blocks, block;  // count: of layers
+  float eps;
+  const int64_t *tokens, *positions, *slots;  // [rows]
+  const int32_t *tables, *contexts, *starts;  // [sequences, columns], `table_row` apart; those of paged_attention
+  int64_t rows, sequences, columns, table_row;
+  float* out;  // [rows, hidden], after the final norm
 };
 
 // Hidden states, the head, and a loss that hangs on each row's log-probability.

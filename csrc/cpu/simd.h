@@ -95,15 +95,40 @@ R1_INLINE float max_of(Vec v) {
   return v[0];
 }
 
+// Lane i takes a[i], or b[i ^ STEP] where bit STEP of i is set; and lane i of the other one b[i], or a[i ^ STEP] where not.
+// One instruction where the machine has it: for pairs and quads of lanes.
+template <int STEP>
+R1_INLINE Vec upper_of_swapped(Vec a, Vec b) {
+#if defined(__clang__)
+  Vec w;
+  for (int i = 0; i < kLanes; ++i) w[i] = i & STEP ? b[i ^ STEP] : a[i];
+  return w;
+#else
+  const IntVec lane = lane_numbers(), odd = (lane & STEP) / STEP;
+  return __builtin_shuffle(a, b, lane + odd * (kLanes - STEP));
+#endif
+}
+template <int STEP>
+R1_INLINE Vec lower_of_swapped(Vec a, Vec b) {
+#if defined(__clang__)
+  Vec w;
+  for (int i = 0; i < kLanes; ++i) w[i] = i & STEP ? b[i] : a[i ^ STEP];
+  return w;
+#else
+  const IntVec lane = lane_numbers(), odd = (lane & STEP) / STEP;
+  return __builtin_shuffle(a, b, lane + STEP + odd * (kLanes - STEP));
+#endif
+}
+
 // One step of a transposition: in each pair of rows STEP apart, the off-diagonal blocks of STEP lanes change places.
 template <int STEP>
 R1_INLINE void exchange(Vec* rows) {
-  const IntVec odd = (lane_numbers() & STEP) != 0;
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i)
     if (!(i & STEP)) {
       const Vec a = rows[i], b = rows[i | STEP];
-      rows[i] = odd ? swapped<STEP>(b) : a;
-      rows[i | STEP] = odd ? b : swapped<STEP>(a);
+      rows[i] = upper_of_swapped<STEP>(a, b);
+      rows[i | STEP] = lower_of_swapped<STEP>(a, b);
     }
 }
 
