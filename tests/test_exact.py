@@ -10,6 +10,7 @@ from sampling import assert_pool_empty, make_prompts, tiny_model, tokens_of
 from r1fast.config import UserError
 from r1fast.rollout.engine import StepEngine
 from r1fast.rollout.sampler import Sampler, SamplingParams
+from r1fast_kernels import native, use_backend
 
 PROMPTS = make_prompts(14, seed=2)
 PARAMS = [SamplingParams(n=1 + i % 4, max_tokens=5 + i, temperature=i / 10, top_k=i % 3 * 9, seed=i) for i in range(14)]
@@ -70,14 +71,24 @@ def by_place(x, weight, bias=None):
 
 
 def with_product(monkeypatch, product):
-    """A model whose decoder multiplies with `product`."""
+    """A model whose decoder multiplies with `product`, op by op."""
     from r1fast.model import decoder
 
-    class Functional:
-        linear, embedding = staticmethod(product), staticmethod(F.embedding)
-
-    monkeypatch.setattr(decoder, "F", Functional)
+    monkeypatch.setattr(decoder, "linear", product)
+    monkeypatch.setattr(decoder.native_forward, "takes", lambda *_: False)
     return tiny_model()
+
+
+@pytest.mark.skipif(native.cpu_unavailable() is not None, reason=str(native.cpu_unavailable()))
+def test_our_own_products_need_nothing_and_a_librarys_are_filled_up(model):
+    """With the native products the usual mode is exact as well, but for prompts that go several queries a sequence."""
+    sampler = Sampler(model, exact=True)
+    sampler.sample([[1]], SamplingParams(max_tokens=1))
+    assert sampler.engine.way == "plain"
+    with use_backend("reference"):
+        sampler = Sampler(model, exact=True)
+        sampler.sample([[1]], SamplingParams(max_tokens=1))
+    assert sampler.engine.way in ("plain", "padded", "cut")  # the library's, whatever it is
 
 
 def test_products_that_depend_on_the_number_of_rows_are_cut(monkeypatch):

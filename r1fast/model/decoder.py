@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from r1fast.model import native_forward
 from r1fast.model.decoder_config import DecoderConfig
 from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.model.rope_scaling import rope_frequencies
 from r1fast_kernels import (
+    linear,
     paged_attention,
     prefix_attention,
     rms_norm,
@@ -76,7 +78,7 @@ class Layer(nn.Module):
 
     def product(self, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
         """x times the weight `name`, with what an adapter beside it adds."""
-        y = F.linear(x, getattr(self, name), bias)
+        y = linear(x, getattr(self, name), bias)
         if self.adapters is None or name not in self.adapters:
             return y
         adapter = self.adapters[name]
@@ -167,6 +169,8 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward_paged(self, step: PagedStep, kv: PagedKV) -> Tensor:
         """Hidden states [T, H] of the step's tokens; their keys and values are written into `kv` first. No gradient."""
+        if native_forward.takes(self, step, kv):
+            return native_forward.forward(self, step, kv)
         tables = step.block_tables
         # the tables bound every position, without asking the device for the largest one
         cos, sin = self.rope_tables(tables.shape[1] * kv.block_size)
@@ -202,7 +206,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> float32 [..., V]. For sampling and tests; training never stores them (`linear_grpo_loss`)."""
-        return F.linear(hidden, self.head_weight).float()
+        return linear(hidden, self.head_weight).float()
 
     def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [P, head_dim / 2] with P >= positions; grown by doubling, never beyond need by more."""

@@ -3,9 +3,10 @@
 Rounding is the only thing that a batch changes, through the order in which a product or an attention sums, which is
 chosen by the number of rows (He et al. 2025, "Defeating nondeterminism in LLM inference"). So here every token, of a
 prompt or drawn, is computed in the same way: as one row of a decode step, whose attention sums over its own context
-alone, in steps whose products sum every row alike. Which of two ways gives that is found out by a trial with the
+alone, in steps whose products sum every row alike. Which of three ways gives that is found out by a trial with the
 model's own weights, once for each sampler:
 
+    plain   steps as they are: on a CPU in float32 the op `linear` sums a row alike in every batch.
     padded  steps are filled up to a multiple of `ROWS` rows; a library's product is then made of full tiles alone.
             MKL on AVX2 (measured: fp32, 1 and 2 threads, 48 to 1024 columns, 96 to 8192 outputs): a row has the same
             bits in every product of at least 4 rows a thread, and other bits in smaller ones.
@@ -27,7 +28,7 @@ from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.rollout.engine import StepEngine
 
 ROWS = 16
-_TRIAL = (1, 2, 3, 11)  # multiples of ROWS that must agree
+_TRIAL = (1, 2, 3, 5, 7, 12, 16, 32, 48, 176)  # numbers of rows that must agree
 _COLUMNS = 6  # blocks of the longest context of the trial
 
 
@@ -36,7 +37,7 @@ class ExactEngine(StepEngine):
 
     def __init__(self, model: Decoder):
         super().__init__(model)
-        self.way: str | None = None  # "padded" or "cut", once it is known
+        self.way: str | None = None  # "plain", "padded" or "cut", once it is known
 
     def begin(self, kv, batch) -> None:
         super().begin(kv, batch)
@@ -49,7 +50,10 @@ class ExactEngine(StepEngine):
         return self._logits(hidden, self.way)
 
     def _forward(self, step: PagedStep, kv: PagedKV, way: str) -> Tensor:
-        rows, step = len(step.tokens), filled(one_query_each(step))
+        rows, step = len(step.tokens), one_query_each(step)
+        if way == "plain":
+            return self.model.forward_paged(step, kv)
+        step = filled(step)
         if way == "padded":
             return self.model.forward_paged(step, kv)[:rows]
         # In order: the rows of a prompt read what those before them have written.
@@ -57,6 +61,8 @@ class ExactEngine(StepEngine):
         return torch.cat(parts)[:rows]
 
     def _logits(self, hidden: Tensor, way: str) -> Tensor:
+        if way == "plain":
+            return self.model.logits(hidden)
         rows = len(hidden)
         hidden = hidden[filled_index(rows, hidden.device)]
         parts = [hidden] if way == "padded" else hidden.split(ROWS)
@@ -64,10 +70,10 @@ class ExactEngine(StepEngine):
 
     @torch.inference_mode()
     def _find_way(self, block_size: int) -> str:
-        """The first of the two ways in which the same rows, together with others or not, have the same bits."""
+        """The first of the ways in which the same rows, together with others or not, have the same bits."""
         whole, kv = _trial(self.model, block_size)
         groups = _groups(whole.context_lens)
-        for way in ("padded", "cut"):
+        for way in ("plain", "padded", "cut"):
             expected = self._logits(self._forward(whole, kv, way), way)
             found = (self._logits(self._forward(take(whole, rows), kv, way), way) for rows in groups)
             if all(torch.equal(some, expected[rows]) for some, rows in zip(found, groups, strict=True)):
@@ -80,7 +86,7 @@ class ExactEngine(StepEngine):
 
 def _trial(model: Decoder, block_size: int) -> tuple[PagedStep, PagedKV]:
     """Random rows with contexts of up to `_COLUMNS` blocks over a random cache; the last block is each row's own."""
-    rows, generator = ROWS * _TRIAL[-1], torch.Generator().manual_seed(0)
+    rows, generator = _TRIAL[-1], torch.Generator().manual_seed(0)
     kv = PagedKV.allocate(model.config, _COLUMNS + rows, block_size, model.device, model.dtype)
     for cache in (kv.keys, kv.values):
         cache.copy_(torch.randn(cache.shape[1:], generator=generator))
@@ -97,7 +103,7 @@ def _groups(context_lens: Tensor) -> list[Tensor]:
     """Rows of the trial to be computed without the others: those of the shortest contexts, and some in a new order, as
     a row must not depend on its place either."""
     generator = torch.Generator().manual_seed(1)
-    shuffled = [torch.randperm(len(context_lens), generator=generator)[: ROWS * count] for count in _TRIAL[:-1]]
+    shuffled = [torch.randperm(len(context_lens), generator=generator)[:count] for count in _TRIAL[:-1]]
     return [context_lens.argsort()[: ROWS // 2], *(rows.to(context_lens.device) for rows in shuffled)]
 
 
