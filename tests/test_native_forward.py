@@ -158,6 +158,14 @@ def test_what_lies_outside_is_refused_before_it_is_read(field, value, message):
         model.forward_paged(step, kv)
 
 
+def test_a_row_without_a_sequence_writes_into_the_last_block():
+    model, step = tiny_model(), steps(50)[2]
+    kv = PagedKV.allocate(model.config, 3 * COLUMNS, BLOCK, "cpu", model.dtype)
+    step.slots[1] = kv.scratch_slot
+    model.forward_paged(step, kv)
+    assert kv.keys[:, -1, 0].abs().min() > 0 and not kv.keys[:, -1, 1:].any()
+
+
 def test_the_sampler_takes_it_for_prompts_and_for_decoding(monkeypatch):
     model, kinds = tiny_model(), set()
     forward = native_forward.forward

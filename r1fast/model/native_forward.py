@@ -88,7 +88,7 @@ def forward(model: Decoder, step: PagedStep, kv: PagedKV) -> Tensor:
     native.cpu().decoder_forward(
         layers.ctypes.data, len(layers), model.embedding.data_ptr(), config.vocab_size, model.norm.data_ptr(),
         cos.data_ptr(), sin.data_ptr(), cos.shape[0], config.hidden_size, config.intermediate_size, config.heads,
-        config.kv_heads, config.head_dim, kv.blocks, kv.block_size, config.norm_eps, tokens.data_ptr(),
+        config.kv_heads, config.head_dim, kv.keys.shape[1], kv.block_size, config.norm_eps, tokens.data_ptr(),
         positions.data_ptr(), slots.data_ptr(), tables.data_ptr(), contexts.data_ptr(),
         0 if starts is None else starts.data_ptr(), rows, len(contexts), tables.shape[1], tables.stride(0),
         out.data_ptr(),
