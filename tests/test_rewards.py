@@ -126,6 +126,11 @@ def test_format(completion, value):
         ("<think> これは日本語です </think>", "ja", 1.0),
         ("<think> это по-русски </think>", "ru", 1.0),
         ("<think> это по-русски </think>", "en", 0.0),
+        ("<think> hello নমস্কার বিশ্ব </think>", "en", 1 / 3),
+        ("<think> hello নমস্কার বিশ্ব </think>", "bn", 2 / 3),
+        ("<think> வணக்கம் உலகம் გამარჯობა </think>", "ta", 2 / 3),
+        ("<think> hello ᏣᎳᎩ </think>", "en", 1 / 2),  # of a script that no language here has
+        ("<think> the angle θ is 3 µm² in ℝ </think>", "en", 1.0),  # signs, not words
         ("<think> 이것은 한국어 ok </think>", "ko", 2 / 3),
         ("<think> هذا نص عربي </think>", "ar", 1.0),
         ("<think> où est le café </think>", "fr", 1.0),
@@ -183,6 +188,18 @@ def test_the_reading_of_the_reasoning():
         ("<think> 5 then 6 </think>", "6"),
         ("<answer> 9", "9"),  # an open tag states nothing: the last number is all there is
         ("我有 5 个 答案是 12 个", "12"),
+        ("\\boxed{\\frac{1}{2}}", "1/2"),
+        ("\\boxed{3\\frac{1}{2}}", "7/2"),
+        ("The answer is 3 1/2 hours", "7/2"),
+        ("The answer is -3 1/2", "-7/2"),
+        ("\\boxed{12 \\text{ cm}^2}", "12"),
+        ("The answer is 5 + 13 = $18", "18"),
+        ("#### 5 \\times 3 = 15 eggs", "15"),
+        ("A: 12 because 4 = 4", "12"),
+        ("#### Step 2\nThe answer is 18", "18"),
+        ("#### 2. Adding up\nIt comes to \\boxed{18}", "18"),
+        ("<think> so the answer is 17 </think> She has 18.", "18"),
+        ("<think> so the answer is 17 </think> As I said.", "17"),
         ("1/0", None),
         ("9" * 5000, None),
         ("no number", None),
@@ -270,6 +287,40 @@ def test_math(completion, reference, value):
         ("evelyn", "\\text{Evelyn}", 1),
         ("no solution", "\\text{no solution}", 1),
         ("B", "\\text{(B)}", 1),
+        ("A)", "A", 1),
+        ("C)", "\\text{(B)}", 0),
+        ("3 1/2", "7/2", 1),
+        ("3 1/2", "31/2", 0),
+        ("about 5", "5", 1),
+        ("**5**", "5", 1),
+        ("\\text{5 cm}", "5", 1),
+        ("90°", "90^\\circ", 1),
+        ("\\sin 30^\\circ", "\\frac12", 1),
+        ("\\frac{\\sqrt{3}}{2}", "\\cos 30^\\circ", 1),
+        ("0.1\\overline{3}", "\\frac{2}{15}", 1),
+        ("0.\\overline{12}", "0.\\overline{21}", 0),
+        ("1.5e3", "1500", 1),
+        ("1.6\\times10^{-19}", "1.6 \\times 10^{-19}", 1),
+        ("1.6\\times10^{-18}", "1.6 \\times 10^{-19}", 0),
+        ("\\sqrt{2}\\sqrt{3}-\\sqrt{6}", "0", 1),
+        ("x<2\\text{ or }x>3", "(-\\infty,2)\\cup(3,\\infty)", 1),
+        ("(-\\infty,2)\\cup(3,\\infty)", "x<2\\text{ or }x>3", 1),
+        ("(-\\infty,2)\\cup[3,\\infty)", "x<2\\text{ or }x>3", 0),
+        ("x \\neq 2", "(-\\infty,2)\\cup(2,\\infty)", 1),
+        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "(1,2)", 1),
+        ("\\langle 2,1\\rangle", "(1,2)", 0),
+        ("\\langle 1,2\\rangle", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", 1),
+        ("\\varnothing", "\\text{no real solutions}", 1),
+        ("0", "no solution", 0),
+        ("an ellipse", "\\text{ellipse}", 1),
+        ("a circle", "\\text{ellipse}", 0),
+        ("\\text{all real numbers}", "(-\\infty, \\infty)", 1),
+        ("3:30 PM", "3{:}30\\text{ p.m.}", 1),
+        ("3:30 AM", "3{:}30\\text{ p.m.}", 0),
+        ("6:00", "5:00", 0),
+        ("12 hours", "12 \\text{ minutes}", 0),
+        ("60 \\text{ minutes}", "1 \\text{ hour}", 1),
+        ("50 cents", "\\$0.50", 1),
     ],
 )
 def test_math_reads_what_people_write(answer, reference, value):
@@ -280,7 +331,7 @@ def test_math_reads_what_people_write(answer, reference, value):
 
 def test_math_votes_agree_on_form():
     extract = rewards.get("math").extract
-    assert extract(tag("\\dfrac{1}{2}")) == extract("\\boxed{ \\frac{1}{2} }") == "\\frac{1}{2}"
+    assert extract(tag("\\dfrac{1}{2}")) == extract("\\boxed{ \\frac{1}{2} }") == extract(tag("0.5")) == "1/2"
     assert extract(tag("1,080")) == extract(tag("$1080.0$")) == "1080"
     assert extract(tag("")) is None
 

@@ -10,7 +10,11 @@ from r1fast.rewards.layout import THINK_END, boxed, tagged_answer
 from r1fast.rewards.numbers import first_number, last_number
 
 # `A: 18`, `answer : 18`, `the answer is 18`; the number follows within the line.
-_STATED = re.compile(r"\b(?:A|answer|答案)[ \t]{0,8}(?:[:：]|\bis\b|是)", re.IGNORECASE)
+_STATEMENT = re.compile(r"\b(?:A|answer|答案)[ \t]{0,8}(?:[:：]|\bis\b|是)", re.IGNORECASE)
+# `#### 18`; not a heading of Markdown, `#### Step 2` or `#### 2. Adding up`.
+_MARK = re.compile(r"####[ \t]{0,4}(?=[^\w\n]{0,4}[0-9])(?![^\w\n]{0,4}[0-9]{1,2}[.):][ \t]{1,4}[A-Za-z])")
+_SUM = re.compile(r"(?:(?:[^A-Za-z\n=\\]|\\(?:times|cdot|div|[,;!$]))*=)+")  # `5 + 13 = 18` states 18
+_DIGIT = re.compile(r"[0-9]")
 _LINE = 200  # characters after a mark in which its number must stand
 
 
@@ -19,22 +23,31 @@ def final_number(completion: str) -> Fraction | None:
 
     The most explicit statement wins, whatever else is said, and of several equal ones the last: `<answer>`, then
     `#### N`, `\\boxed{N}`, and `A: N` / `answer : N` / `answer is N`. An explicit statement without a number is no
-    answer. Only where there is none at all, the last number after the reasoning (or anywhere) is taken.
+    answer. Only where there is none at all, the last number is taken. What is said after the reasoning counts, and the
+    reasoning only where nothing after it holds a number.
     """
     tagged = tagged_answer(completion)
     if tagged is not None:
         return last_number(boxed(tagged) or tagged)
-    _, mark, tail = completion.rpartition("####")
-    if mark:
-        return first_number(tail[:_LINE].split("\n", 1)[0])
+    after = completion.rpartition(THINK_END)[2]
+    completion = after if _DIGIT.search(after) else completion
+    marks = [mark.end() for mark in _MARK.finditer(completion)]
+    if marks:
+        return _stated(completion, marks[-1])
     inside = boxed(completion)
     if inside is not None:
         return last_number(inside)
-    ends = [stated.end() for stated in _STATED.finditer(completion)]
+    ends = [stated.end() for stated in _STATEMENT.finditer(completion)]
     if ends:
-        return first_number(completion[ends[-1] : ends[-1] + _LINE].split("\n", 1)[0])
-    after = completion.rpartition(THINK_END)[2]
-    return last_number(after if after.strip() else completion)
+        return _stated(completion, ends[-1])
+    return last_number(completion)
+
+
+def _stated(completion: str, at: int) -> Fraction | None:
+    """The number that the line from `at` on states: its first, or what its sum comes to."""
+    line = completion[at : at + _LINE].split("\n", 1)[0]
+    summed = _SUM.match(line)
+    return first_number(line[summed.end() :] if summed else line)
 
 
 @register("gsm8k")

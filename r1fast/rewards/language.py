@@ -1,8 +1,8 @@
 """Language consistency: the share of target-language words in the chain of thought (DeepSeek-R1, section 2.3.2).
 
 A word's language is judged by its script, so English and French are one and English and Chinese are not; this is
-what a mixed chain of R1-Zero looks like, and it needs no model. Numbers, symbols, LaTeX, tags and single Latin
-letters (variables) are words of no language.
+what a mixed chain of R1-Zero looks like, and it needs no model. Numbers, symbols, LaTeX, tags and single Latin or
+Greek letters (variables) are no words; a word of a script that is not listed is one of another language.
 """
 
 from __future__ import annotations
@@ -26,6 +26,20 @@ SCRIPTS: dict[str, tuple[str, int]] = {
     "hebrew": ("\u05d0-\u05ea", 0),
     "devanagari": ("\u0900-\u0963\u0970-\u097f", 0),
     "thai": ("\u0e01-\u0e3a\u0e40-\u0e4e", 4),
+    "bengali": ("\u0980-\u09e3\u09f0-\u09ff", 0),
+    "gurmukhi": ("\u0a00-\u0a65\u0a70-\u0a7f", 0),
+    "gujarati": ("\u0a80-\u0ae5\u0af0-\u0aff", 0),
+    "tamil": ("\u0b80-\u0be5", 0),
+    "telugu": ("\u0c00-\u0c65", 0),
+    "kannada": ("\u0c80-\u0ce5", 0),
+    "malayalam": ("\u0d00-\u0d65\u0d7a-\u0d7f", 0),
+    "sinhala": ("\u0d80-\u0de5", 0),
+    "lao": ("\u0e81-\u0ecf", 4),
+    "myanmar": ("\u1000-\u103f\u104a-\u109f", 4),
+    "khmer": ("\u1780-\u17d3", 4),
+    "armenian": ("\u0531-\u0587", 0),
+    "georgian": ("\u10a0-\u10ff\u1c90-\u1cbf\u2d00-\u2d2f", 0),
+    "ethiopic": ("\u1200-\u135f", 0),
 }
 _SPOKEN: dict[tuple[str, ...], str] = {
     ("latin",): "en fr de es it pt nl sv da no fi pl cs sk sl hr ro hu tr vi id ms sw ca",
@@ -38,10 +52,28 @@ _SPOKEN: dict[tuple[str, ...], str] = {
     ("hebrew",): "he",
     ("devanagari",): "hi mr ne",
     ("thai",): "th",
+    ("bengali",): "bn as",
+    ("gurmukhi",): "pa",
+    ("gujarati",): "gu",
+    ("tamil",): "ta",
+    ("telugu",): "te",
+    ("kannada",): "kn",
+    ("malayalam",): "ml",
+    ("sinhala",): "si",
+    ("lao",): "lo",
+    ("myanmar",): "my",
+    ("khmer",): "km",
+    ("armenian",): "hy",
+    ("georgian",): "ka",
+    ("ethiopic",): "am ti",
 }
 LANGUAGES = {code: scripts for scripts, codes in _SPOKEN.items() for code in codes.split()}
 
-_WORD = re.compile("|".join(f"(?P<{script}>[{ranges}]+)" for script, (ranges, _) in SCRIPTS.items()))
+# Letters of any other script are words of no language here; signs that Unicode calls letters (\u211d, \u00b5) are not.
+_SIGNS = "\u00aa\u00b2-\u00be\u02b0-\u02ff\u2000-\u2bff\u3000-\u303f\u3200-\u33ff\U0001d400-\U0001d7ff"
+_OTHER = f"(?P<other>(?:(?![{_SIGNS}])[^\\W\\d_])+)"
+_SCRIPTS = "|".join([*(f"(?P<{script}>[{ranges}]+)" for script, (ranges, _) in SCRIPTS.items()), _OTHER])
+_WORD = re.compile(rf"(?=\w)(?:{_SCRIPTS})")  # the first test passes over signs at once
 _TAG = re.compile("|".join(re.escape(tag) for tag in TAGS))
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _INLINE = re.compile(r"\$[^$\n]{1,300}\$")
@@ -61,13 +93,15 @@ def without_math(text: str) -> str:
 
 
 def word_counts(text: str) -> dict[str, int]:
-    """Script -> number of words of it in `text`."""
-    counts = dict.fromkeys(SCRIPTS, 0)
+    """Script (or "other") -> number of words of it in `text`."""
+    counts = dict.fromkeys([*SCRIPTS, "other"], 0)
     for match in _WORD.finditer(without_math(_TAG.sub(" ", text))):
         script, word = match.lastgroup, match.group()
         if script == "latin" and (len(word) == 1 or _NOT_A_WORD.search(word)):
             continue  # x, x1, 3cm
-        per_word = SCRIPTS[script][1]
+        if script == "greek" and len(word) == 1:
+            continue  # an angle, a mean
+        per_word = SCRIPTS[script][1] if script in SCRIPTS else 0
         counts[script] += -(-len(word) // per_word) if per_word else 1
     return counts
 

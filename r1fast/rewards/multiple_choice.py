@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from r1fast.rewards.base import Reference, Reward, register
-from r1fast.rewards.layout import LONGEST_ANSWER, THINK_END, boxed, tagged_answer
+from r1fast.rewards.layout import LONGEST_ANSWER, THINK_END, boxed, labelled_answer, tagged_answer
 
 LETTERS = "ABCDEFGHIJ"  # MMLU-Pro has ten
-_DRESS = re.compile(r"\\(?:textbf|text|mathbf|mathrm|boxed)\s?|[*_$`{}\\]|^\s+|\s+$")
+_DRESS = re.compile(r"\\(?:textbf|text|mathbf|mathrm|boxed)\s?|[*_$`{}\\\"“”<>]|^[\s']+|[\s']+$")
 # `B`, `(B)`, `B.`, `B) Paris`, `option B`, `选项 B`; what follows the letter must not make it a word.
 _LETTER = re.compile(
     r"(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice|选项|答案|选)?\s{0,4}(?:is|是|为)?\s{0,4}[:：]?\s{0,4}"
@@ -17,11 +17,21 @@ _LETTER = re.compile(
     re.IGNORECASE,
 )
 _STATED = re.compile(
-    r"(?:\b(?:answer|choice|option)|答案|选项?)[ \t*]{0,8}(?:[:：]|\bis\b|是|为)?[ \t*:：$]{0,8}"
+    r"(?:\b(?:answer|choice|option)|答案|选项?)[ \t*]{0,8}(?:[:：]|\bis\b|是|为)?[ \t*:：$\"“'<\[]{0,8}"
     r"(?:\\boxed\{|\\text\{)?[(（]?((?-i:[A-J])(?![A-Za-z'’])|[a-j](?=[)\].,;:]|\s{0,4}$|\s{0,4}\n))",
     re.IGNORECASE,
 )
-_SECOND = re.compile(r"^\W{0,3}(?:or|and|/|,|或|和|以及)\s*[(（]?([A-J])\b(?![a-z])", re.IGNORECASE)
+# The last line of an answer that states nothing otherwise: `Therefore, B.`, `B is correct`, `I choose (B)`.
+_CONCLUDED = re.compile(
+    r"(?:(?:therefore|thus|hence|so|i(?:'d| would)? (?:choose|pick|select|go with)|my (?:final )?choice(?: is)?)"
+    r"[\s,:]{0,3}(?:it is |it's )?[(\[]?((?-i:[A-J]))[)\]]?"
+    r"|[(\[]?((?-i:[A-J]))[)\]]? is (?:the )?(?:correct|right)[a-z ]{0,20})[.!]?",
+    re.IGNORECASE,
+)
+_SECOND = re.compile(
+    r"^\W{0,3}(?:or|and|/|,|或|和|以及)\s*(?:maybe\s|perhaps\s|possibly\s|also\s)?\s*[(（]?([A-J])\b(?![a-z])",
+    re.IGNORECASE,
+)
 _SPACE = re.compile(r"\s+")
 
 
@@ -42,7 +52,7 @@ def _letter(answer: str, options: Sequence[str] | None) -> str | None:
 
 def _hedged(text: str, end: int, letter: str) -> bool:
     """Whether another letter follows on equal terms: `A or B` chooses nothing."""
-    second = _SECOND.match(text[end : end + 12])
+    second = _SECOND.match(text[end : end + 24])
     return second is not None and second.group(1).upper() != letter
 
 
@@ -59,7 +69,18 @@ def chosen(completion: str, options: Sequence[str] | None = None) -> str | None:
     if inside is not None:
         return _letter(inside, options)
     lines = region.strip()[-LONGEST_ANSWER:].splitlines()
-    return _stated(region) or (_letter(lines[-1], options) if lines else None)
+    if (stated := _stated(region)) is not None or not lines:
+        return stated
+    concluded = _CONCLUDED.fullmatch(_DRESS.sub("", lines[-1]))
+    if concluded:
+        return concluded[1] or concluded[2]
+    return _letter(lines[-1], options) or _in_words(region, options)
+
+
+def _in_words(region: str, options: Sequence[str] | None) -> str | None:
+    """The letter of the option whose words follow the last `answer:`."""
+    said = labelled_answer(region) if options else None
+    return _letter(said, options) if said else None
 
 
 def _stated(text: str) -> str | None:

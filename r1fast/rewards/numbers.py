@@ -1,6 +1,6 @@
 """Numbers as people and models write them, read exactly: what the gsm8k verifier and majority votes compare.
 
-Reads `1,080`, `1{,}080`, `$18.00`, `-5`, `3/4`, `50%`; equal values have one form.
+Reads `1,080`, `1{,}080`, `$18.00`, `-5`, `3/4`, `3 1/2`, `\\frac{1}{2}`, `50%`; equal values have one form.
 """
 
 from __future__ import annotations
@@ -14,22 +14,34 @@ LONGEST = 60  # characters of a number; beyond, it is an attack on `int`, not an
 # A minus counts as a sign only where it cannot be a subtraction: in `16-3` the second number is 3.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]])[-+]\s?)?"
+    r"(?:[0-9]{1,9}\s{1,3}(?=[0-9]{1,9}\s?/\s?[0-9]))?"  # 3 1/2
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:\s?/\s?[0-9]+(?:\.[0-9]+)?)?"
     r"|(?<![0-9])\.[0-9]+"
 )
+_FRACTION = re.compile(r"([0-9])?\s{0,3}\\[dt]?frac\{([0-9]{1,30})\}\{([0-9]{1,30})\}")
+_POWER = re.compile(r"(?<=[A-Za-z}])\^(?:[0-9]|\{[0-9]{1,3}\})")  # of a unit, cm^2; it is no number of its own
 _CURRENCY = re.compile(r"\\?[$€£¥₹]|\\[!,;:]")  # and LaTeX's thin spaces
 
 
 def _plain(text: str) -> str:
-    return _CURRENCY.sub("", text.replace("{,}", ",").replace("\u2212", "-"))
+    text = _CURRENCY.sub("", text.replace("{,}", ",").replace("\u2212", "-"))
+    if "\\" in text:
+        text = _FRACTION.sub(lambda found: f"{found[1] + ' ' if found[1] else ''}{found[2]}/{found[3]}", text)
+    return _POWER.sub("", text) if "^" in text else text
 
 
 def _value(text: str) -> Fraction | None:
     if len(text) > LONGEST:
         return None
-    above, _, below = "".join(text.split()).replace(",", "").partition("/")
-    divisor = Fraction(below) if below else Fraction(1)
-    return Fraction(above) / divisor if divisor else None
+    above, _, below = text.replace(",", "").partition("/")
+    parts = above.replace("- ", "-").replace("+ ", "+").split()  # a whole number may stand before a fraction
+    divisor = Fraction("".join(below.split())) if below else Fraction(1)
+    if not divisor:
+        return None
+    share = Fraction(parts[-1]) / divisor
+    if len(parts) == 1:
+        return share
+    return Fraction(parts[0]) + (-share if parts[0].startswith("-") else share)
 
 
 def last_number(text: str) -> Fraction | None:

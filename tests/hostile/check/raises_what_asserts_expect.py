@@ -1,0 +1,4 @@
+class AssertionError(Exception):
+    pass
+def f(x):
+    raise StopIteration("*")
