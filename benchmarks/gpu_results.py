@@ -147,7 +147,7 @@ def table(results: dict) -> str:
     lines += [f"| {name} | {cell('state', part['state'])} | {part['seconds']:.0f} |" for name, part in parts.items()]
     for name, part in parts.items():
         body = profile_lines(part["rows"]) if name == "profile" else rows_table(COLUMNS.get(name, ()), part["rows"])
-        if name != "checkpoints" and body:
+        if name not in ("checkpoints", "warm") and body:
             lines += ["", f"### {name}", "", *body]
         said = {key: value for key, value in part.items() if key not in ("state", "seconds", "rows")}
         lines += ["", *(f"- {key}: {cell(key, value)}" for key, value in said.items())] if said else []

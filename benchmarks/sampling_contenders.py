@@ -109,7 +109,7 @@ def batching(folder: Path, place: Place) -> Draw:
     model = transformers_model(folder, place)
     pages_are = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: transformers 5.17 writes, in a thread, to tensors that were made under it
     def draw(prompts: list[list[int]], case: Case, greedy: bool) -> list[list[int]]:
         how = GenerationConfig(
             max_new_tokens=case.new, eos_token_id=-1, pad_token_id=0, do_sample=not greedy, top_k=0, temperature=1.0

@@ -47,6 +47,7 @@ def _part(name: str, seconds: float, *needs: str, module: str = "", untimed: boo
 # minutes: they are limits, and a part that ends early leaves its time to the next.
 PARTS = (
     _part("checkpoints", 150, untimed=True),
+    _part("warm", 150, untimed=True),
     _part("tests", 150, module="benchmarks.gpu.right", untimed=True),
     _part("determinism", 100, untimed=True),
     _part("sanitizer", 120, untimed=True),

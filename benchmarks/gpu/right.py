@@ -1,6 +1,6 @@
 """The tests that need a GPU: every op and backend against the reference, forward and backward, in every dtype; rows
-beyond 2^31 elements; graphs. Each file is a pytest of its own, all at once, and what it said is read line by line, so
-that a kernel that takes its process down loses the verdict of one test.
+beyond 2^31 elements; graphs; a whole model that samples and learns. Each file is a pytest of its own, all at once, and
+what it said is read line by line, so that a kernel that takes its process down loses the verdict of one test.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ ON_A_CARD = {
     "tests/test_large_offsets.py": "cuda or triton or flash or torch",
     "tests/test_paged.py": "cuda",
     "tests/test_graphs.py": "",
+    "tests/test_device.py": "",
 }
-ON_THE_CPU = {"tests/test_kernels.py": "group_advantage-cpu-cpu-float32-tiny", "tests/test_graphs.py": "buckets"}
+ON_THE_CPU = {"tests/test_kernels.py": "group_advantage-cpu-cpu-float32-tiny", "tests/test_device.py": "packed"}
 SUITES = ON_A_CARD if DEVICE == "cuda" else ON_THE_CPU
 LINE = re.compile(
     r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>PASSED|FAILED|ERROR|SKIPPED) (?P<one>tests/\S+)"

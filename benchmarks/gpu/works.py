@@ -195,6 +195,6 @@ class Works:
             yield Work(f"linear_cross_entropy {name}", "linear_cross_entropy", supervised, **both, peers=entropies)
 
     def __iter__(self) -> Iterator[Work]:
-        """The cheap ones first: what does not fit the time is at the end."""
-        for kind in (self.advantages, self.rows, self.sampling, self.decoding, self.attention, self.heads):
+        """What has a target first: what does not fit the time is at the end."""
+        for kind in (self.advantages, self.rows, self.sampling, self.decoding, self.heads, self.attention):
             yield from kind()
