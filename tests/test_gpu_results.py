@@ -84,7 +84,7 @@ def test_parts_are_chosen_with_what_they_need(tmp_path):
     (tmp_path / "ceilings.json").write_text("{}")
     assert [part.name for part in gpu.chosen("ops", tmp_path)] == ["ops"]
     assert gpu.chosen("", tmp_path) == list(gpu.PARTS)
-    with pytest.raises(SystemExit, match="no part is called opps; there are checkpoints, tests"):
+    with pytest.raises(SystemExit, match="no part is called opps; there are checkpoints, warm"):
         gpu.chosen("opps", tmp_path)
 
 

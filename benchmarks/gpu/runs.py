@@ -23,14 +23,15 @@ def returned(op: Op, args: tuple, backend: str) -> list[Tensor]:
 
 
 def usable(op: Op, args: tuple, backward: bool) -> list[str]:
-    """Backends for this device, what automatic takes first; the reference only where there is no other."""
+    """Backends for this device, what automatic takes first; the reference only where it is that."""
     names = [name for name in op.backends if LIVES_ON.get(name, DEVICE) == DEVICE and op.reason(name) is None]
     with torch.set_grad_enabled(backward):
         args = with_leaves(op, args)[0] if backward else args
-        names = [name for name in names if op.refusal(name, args) is None]
+        names = [name for name in names if name != "reference" and op.refusal(name, args) is None]
+        slower = {name for name in names if op.backends[name].slower(*args) is not None}
     order = AUTOMATIC[DEVICE]
-    names.sort(key=lambda name: order.index(name) if name in order else len(order))
-    return [name for name in names if name != "reference"] or names
+    names.sort(key=lambda name: (name in slower, order.index(name) if name in order else len(order)))
+    return names if set(names) - slower else ["reference", *names]
 
 
 def run_of(op: Op, args: tuple, backend: str, backward: str = "") -> Callable[[], list[Tensor]]:

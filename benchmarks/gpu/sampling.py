@@ -82,7 +82,8 @@ class Sampling:
         who = self.contender("continuous batching", name)
         try:
             for context in THEIR_CONTEXTS:
-                self.report.add(what=f"{name}, context {context}", by="continuous batching", **self.rate(who, context, warm=False))
+                found = self.rate(who, context, warm=False)
+                self.report.add(what=f"{name}, context {context}", by="continuous batching", **found)
         finally:
             who.close()
 

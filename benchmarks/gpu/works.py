@@ -141,6 +141,19 @@ class Works:
         moved = 2 * passed + 2 * count * c.heads * c.head_dim * self.bytes
         yield Work(f"rope_append of {count} tokens", "rope_append", lambda: self.rotated(count), moved)
 
+    def products(self) -> Iterator[Work]:
+        """The two largest of a layer, in decoding and in learning: how near the library is to its own ceiling."""
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        sizes = (("up", hidden, 2 * inner), ("down", inner, hidden))
+        for rows, when in ((self.at.sequences, "decoding"), (self.at.tokens, "learning")):
+            for what, depth, width in sizes:
+                numbers = rows * depth + depth * width + rows * width
+                args = partial(self.product, rows, depth, width)
+                yield Work(f"linear {what}, {when}", "linear", args, numbers * self.bytes, 2 * rows * depth * width)
+
+    def product(self, rows: int, depth: int, width: int) -> tuple:
+        return self.normal(rows, depth), self.normal(width, depth, scale=depth**-0.5), None
+
     def appended(self, count: int) -> tuple:
         c = self.config
         k_cache, v_cache, _, _ = self.cache(128, c)
@@ -196,5 +209,6 @@ class Works:
 
     def __iter__(self) -> Iterator[Work]:
         """What has a target first: what does not fit the time is at the end."""
-        for kind in (self.advantages, self.rows, self.sampling, self.decoding, self.heads, self.attention):
+        first = (self.advantages, self.rows, self.sampling, self.decoding, self.heads)
+        for kind in (*first, self.attention, self.products):
             yield from kind()
