@@ -95,6 +95,11 @@ def _names(recipe: RecipeConfig) -> None:
                 raise UserError(f"stages.{name}.mix is empty; give at least one task")
             if min(entry.start for entry in stage.mix) > 0:
                 raise UserError(f"stages.{name}.mix: every entry starts late, so the first steps have no prompts")
+            if recipe.checkpoint.best == "pass@1" and not stage.evaluate_every:
+                raise UserError(
+                    f"checkpoint.best is pass@1, which stages.{name} does not measure; set "
+                    f"stages.{name}.evaluate_every, or checkpoint.best=auto"
+                )
             if stage.adapters is not None and stage.reference_refresh is not None:
                 raise UserError(
                     f"stages.{name}.reference_refresh cannot be kept with adapters: the reference is the base, "

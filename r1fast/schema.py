@@ -288,7 +288,9 @@ class CheckpointConfig(Strict):
 
     minutes: float = Field(10.0, ge=0)  # since the last one; 0: not by time
     steps: int = Field(0, ge=0)  # since the last one; 0: not by steps
-    keep: PositiveInt = 2  # newest ones; the others are removed
+    keep: PositiveInt = 2  # newest ones; the others are removed, but for...
+    best: Literal["auto", "pass@1", "reward", "none"] = "auto"  # ... an RL stage's best by this; auto: pass@1 where
+    # it is measured (evaluate_every), else the reward (stages/best.py)
     rollout_seconds: float = Field(5.0, ge=0)  # a draw that took longer is kept on disk until the next snapshot
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,15 @@ class Snapshot:
         return self.path / name
 
 
-def write(directory: Path, step: int, files: Mapping[str, Writer], notes: Mapping[str, Any], keep: int = 2) -> Snapshot:
-    """Writes `directory/step-<step>` and removes all but the newest `keep` snapshots.
+def write(
+    directory: Path,
+    step: int,
+    files: Mapping[str, Writer],
+    notes: Mapping[str, Any],
+    keep: int = 2,
+    spare: Collection[int] = (),
+) -> Snapshot:
+    """Writes `directory/step-<step>` and removes all but the newest `keep` snapshots and those of the steps `spare`.
 
     files: name -> what writes it. notes: plain JSON values. Raises SnapshotError, with nothing of the new snapshot
     left, where the system refuses (a full disk, a read-only folder).
@@ -78,9 +85,19 @@ def write(directory: Path, step: int, files: Mapping[str, Writer], notes: Mappin
         raise SnapshotError(
             f"{path}: the snapshot cannot be written ({why}); {kept}: make room, then go on with --resume"
         ) from error
-    for old in list(_folders(directory))[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(directory, keep, {path.name, *(f"step-{kept:08d}" for kept in spare)})
     return Snapshot(path, step, dict(notes))
+
+
+def _prune(directory: Path, keep: int, spared: Collection[str]) -> None:
+    """Removes all but the newest `keep` and the spared ones, each by another name first: what a kill leaves half
+    removed is no snapshot any more."""
+    for old in list(_folders(directory))[keep:]:
+        if old.name not in spared:
+            going = old.with_name(f".{old.name}.writing-{os.getpid()}")
+            shutil.rmtree(going, ignore_errors=True)
+            os.rename(old, going)
+            shutil.rmtree(going, ignore_errors=True)
 
 
 def newest(
@@ -96,6 +113,16 @@ def newest(
         if usable(manifest["notes"]):
             return Snapshot(path, manifest["step"], manifest["notes"])
     return None
+
+
+def of_step(directory: Path, step: int, tell: Callable[[str], None]) -> Snapshot | None:
+    """The snapshot of this very step, if it is whole; else `tell` hears what is wrong with it."""
+    path = directory / f"step-{step:08d}"
+    try:
+        return Snapshot(path, step, _read(path)["notes"])
+    except ValueError as error:
+        tell(f"{path} is damaged and not used: {error}")
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -163,3 +163,49 @@ def test_a_signal_outside_a_step_ends_at_once(number):
     with pytest.raises(Stopped), stop.listening():
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+# -- the best, beside the newest --------------------------------------------------------------------------------
+
+
+def test_a_spared_step_is_kept_beside_the_newest(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step, str(step), keep=2, spare=(2,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (2, 5, 6)]
+    assert snapshot.of_step(tmp_path, 2, pytest.fail).file("a").read_text() == "2"
+    save(tmp_path, 7, spare=(6,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (6, 7)]
+
+
+def test_what_is_written_is_never_pruned(tmp_path):
+    """Also where folders of later steps lie there, of a run that went back."""
+    for step in (8, 9, 3):
+        path = save(tmp_path, step, keep=1).path
+    assert path.is_dir()
+
+
+def test_a_kill_while_pruning_leaves_no_half_of_a_snapshot(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path, **_):
+        for file in list(path.glob("*"))[:1]:
+            file.unlink()
+            raise Killed
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            save(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+    save(tmp_path, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_damaged_best_is_named(tmp_path):
+    cut(save(tmp_path, 2).path)
+    told = []
+    assert snapshot.of_step(tmp_path, 2, told.append) is None and snapshot.of_step(tmp_path, 9, told.append) is None
+    assert "a has 2 bytes" in told[0] and "no manifest" in told[1]

@@ -17,6 +17,7 @@ from r1fast.parallel import world
 from r1fast.rewards.length import overlong_penalty
 from r1fast.rewards.scoring import score, stop_above
 from r1fast.stages.inputs import PromptStream, sampling_params, with_texts
+from r1fast.stages.lengths import Lengths, mean_lengths
 from r1fast.stages.overlap import Feed, Scoring, When
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Draws:
     ) -> None:
         """trained: the rewards that ask a model, by kind."""
         self.ctx, self.model, self.tokenizer, self.sampler = ctx, model, tokenizer, sampler
-        self.trained, self.journal, self.timer = trained, journal, timer
+        self.trained, self.journal, self.timer, self.lengths = trained, journal, timer, Lengths()
         self.stage: GRPOStage = ctx.stage
         self.sources = [self._source(i, entry) for i, entry in enumerate(self.stage.mix)]
         self.aside = not trained and any(self._waits(source.entry) for source in self.sources)
@@ -137,6 +138,7 @@ class Draws:
             owner += [source] * number
         known = world().on_first(lambda: self.journal.read(step, drawn.rounds, prompts))
         groups, order = known or self._sample(step, drawn, prompts, owner, learning)
+        self.lengths.seen(prompts, mean_lengths(groups))
         if not self.stage.dynamic_sampling and (known or not self.early):
             for index in order:
                 learning.add(index, groups[index])
@@ -169,7 +171,7 @@ class Draws:
 
         self.sampler.forget()  # or log-probs would depend, in their last bits, on what was sampled before
         with gathered(self.model):
-            groups = world().map(range(len(prompts)), draw, [1.0] * len(prompts))
+            groups = world().map(range(len(prompts)), draw, self.lengths.costs(prompts, self.stage.group_size))
         stop_above(groups, self.ctx.recipe.rewards.max_failures)
         if world().first and time.monotonic() - began >= self.ctx.recipe.checkpoint.rollout_seconds:
             self.journal.write(step, drawn.rounds, groups, order)

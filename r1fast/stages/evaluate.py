@@ -17,6 +17,7 @@ from r1fast.rewards.scoring import score
 from r1fast.stages.answers import Answered, AnswerFile, Judging, Sample, Tally, unscored
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.inputs import encode_problems, sample_texts, sampler_for, sampling_params, start_model, with_texts
+from r1fast.stages.lengths import Lengths
 from r1fast.stages.measures import (
     Verdicts,
     bootstrap_interval,
@@ -112,6 +113,7 @@ class Evaluator:
     def __init__(self, model, tokenizer, tasks: Mapping[str, Task], max_length: int, pool=None, sampler=None):
         self.tokenizer, self.tasks, self.max_length, self.pool = tokenizer, tasks, max_length, pool
         self.sampler: Sampler = sampler or sampler_for(model, tokenizer)
+        self.lengths = Lengths()  # from this evaluator's own answers alone: a resumed one must cut the same shares
 
     @classmethod
     def of(cls, ctx: StageContext, model, tokenizer, sampler: Sampler | None = None) -> Evaluator:
@@ -159,7 +161,9 @@ class Evaluator:
                     judging.add(Answered(group.prompt, unscored(group)))
             return [Answered(prompt, answers.scored(part, prompt.id)) for prompt in own]
 
-        return Measured(world().map(prompts, answer, [1.0] * len(prompts)))
+        found = Measured(world().map(prompts, answer, self.lengths.costs(prompts, n)))
+        self.lengths.seen(prompts, [sum(s.tokens for s in a.samples) / len(a.samples) for a in found.answered])
+        return found
 
     def _draw(
         self, wanted: list[Prompt], prompts: list[Prompt], sampling: SamplingConfig, n: int

@@ -22,6 +22,7 @@ from r1fast.model.sharding import gathered
 from r1fast.model.weights import clone, copy_weights
 from r1fast.rewards.scoring import count_errors
 from r1fast.stages.alarms import Alarms
+from r1fast.stages.best import Best, keep_best
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.drawing import Draws
 from r1fast.stages.evaluate import SEED, Evaluator, evaluate_stage, log_sample
@@ -65,12 +66,12 @@ class GRPOStageRun:
         if all(s.first_step > 0 for s in self.draws.sources):
             raise UserError(f"stage {ctx.name!r}: no entry of its mix is active at the first step; give one start: 0")
         self.alarms = Alarms(stage.logprob_bound)
-        self.loop = Steps(ctx, stage.steps, self._state(), self.timer)
+        self.loop = Steps(ctx, stage.steps, self._state(), self.timer, Best.of(ctx))
 
     def _state(self) -> dict[str, Stateful]:
         """All that the steps to come depend on."""
         state = {"model": PolicyState(self.model), "learner": self.learner, "random": RandomState(self.random)}
-        state["alarms"] = self.alarms
+        state |= {"alarms": self.alarms, "lengths": self.draws.lengths}
         if isinstance(self.reference, Decoder):
             state["reference"] = PolicyState(self.reference)
         return {**state, **{f"prompts {i}": source.stream for i, source in enumerate(self.draws.sources)}}
@@ -183,8 +184,8 @@ class GRPOStageRun:
             self.ctx.progress.warn(f"{self.ctx.name}, step {step}: {alarm.text}")
         return event
 
-    def curve(self, step: int) -> None:
-        """A point of the curves, on validation problems: test problems are kept for the stage table."""
+    def curve(self, step: int) -> float:
+        """A point of the curves, on validation problems: test problems are kept for the stage table. Returns pass@1."""
         protocol = self.ctx.recipe.evaluation
         task = self.ctx.tasks[protocol.task or next(iter(self.ctx.tasks))]
         problems = task.problems("validation", protocol.curve_limit, SEED)
@@ -198,6 +199,7 @@ class GRPOStageRun:
             language=got.mean("language"),
             seconds=self.timer.take().get("evaluate", 0.0),
         )
+        return got.pass_at_1
 
     def refresh_reference(self, step: int) -> None:
         """R1 replaces the reference by the policy every 400 steps, so that KL bounds the pace and not the distance."""
@@ -214,15 +216,16 @@ def run(ctx: StageContext) -> StageOutcome:
     if stage.evaluate_every and not loop.loop.done:
         loop.curve(0)
     for step in loop.loop:
-        loop.step(step)
+        loop.loop.best.rewarded(step, loop.step(step)["reward"])
         loop.refresh_reference(step)
         if stage.evaluate_every and step % stage.evaluate_every == 0:
-            loop.curve(step)
+            loop.loop.best.measured(step, loop.curve(step))
         loop.journal.forget(loop.loop.saved)
+    best = keep_best(ctx, loop.loop, loop.model, loop.tokenizer)
     keep(ctx, loop.model, loop.tokenizer)
     shutil.rmtree(loop.journal.directory, ignore_errors=True)
     return StageOutcome(
-        stats={"steps": stage.steps, "rollouts_per_step": stage.prompts_per_step * stage.group_size},
+        stats={"steps": stage.steps, "rollouts_per_step": stage.prompts_per_step * stage.group_size, **best},
         evaluation=evaluate_stage(ctx, loop.model, loop.tokenizer, stage.steps, loop.sampler),
         note=f"{stage.steps} steps of {stage.prompts_per_step} prompts x {stage.group_size} samples",
     )

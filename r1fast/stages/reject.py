@@ -24,6 +24,7 @@ from r1fast.stages.inputs import (
     start_model,
     write_rows,
 )
+from r1fast.stages.lengths import Lengths, mean_lengths
 from r1fast.stages.steps import Steps
 from r1fast.types import Example
 
@@ -90,8 +91,8 @@ def run(ctx: StageContext) -> StageOutcome:
     problems = task.problems("train", stage.prompts, ctx.seed)
     prompts = encode_problems(problems, tokenizer, ctx.recipe.model.max_length, stage.sampling)
     ctx.progress.stage(ctx.name, "reject", len(prompts))
-    timer, found = PhaseTimer(), Found()
-    loop = Steps(ctx, -(-len(prompts) // CHUNK), {"found": found})
+    timer, found, lengths = PhaseTimer(), Found(), Lengths()
+    loop = Steps(ctx, -(-len(prompts) // CHUNK), {"found": found, "lengths": lengths})
     kinds = dict.fromkeys(["accuracy", "format", "language", *stage.require], 1.0)
     for chunk in loop:
         start = (chunk - 1) * CHUNK
@@ -104,7 +105,8 @@ def run(ctx: StageContext) -> StageOutcome:
                 return score(groups, kinds, task.verifier, pool=ctx.pool)
 
         part = prompts[start : start + CHUNK]
-        groups, tokens = world().map(part, draw, [1.0] * len(part)), 0
+        groups, tokens = world().map(part, draw, lengths.costs(part, stage.samples)), 0
+        lengths.seen(part, mean_lengths(groups))
         stop_above(groups, ctx.recipe.rewards.max_failures)
         for group in groups:
             found.rows += keep(group, stage, found.dropped)

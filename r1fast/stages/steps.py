@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,7 @@ from r1fast.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from r1fast.model.decoder import Decoder
+    from r1fast.stages.best import Best
     from r1fast.stages.context import StageContext
 
 STATE = "state.pt"
@@ -102,12 +104,18 @@ class Steps:
     """
 
     def __init__(
-        self, ctx: StageContext, total: int, state: Mapping[str, Stateful], timer: PhaseTimer | None = None
+        self,
+        ctx: StageContext,
+        total: int,
+        state: Mapping[str, Stateful],
+        timer: PhaseTimer | None = None,
+        best: Best | None = None,
     ) -> None:
-        """state: of all that changes from step to step. timer: of the stage's phases, which the watchdog watches."""
-        self._ctx, self.total, self._timer = ctx, total, timer
+        """state: of all that changes from step to step. timer: of the stage's phases, which the watchdog watches.
+        best: which the stage tells its scores, where it has any."""
+        self._ctx, self.total, self._timer, self.best = ctx, total, timer, best
         self._bad = Nonfinite(ctx, state)
-        self._state = {**state, "globals": GlobalRandomness()}
+        self._state = {**state, **({} if best is None else {"best": best}), "globals": GlobalRandomness()}
         self._config = ctx.recipe.checkpoint
         self.done = 0
         if ctx.resume is not None:
@@ -133,6 +141,8 @@ class Steps:
     def _due(self) -> bool:
         if self.done == self.total:  # what follows (an evaluation) may take long
             return True
+        if self.best is not None and self.best.due(self.done):
+            return True
         if self._config.steps and self.done - self.saved >= self._config.steps:
             return True
         return bool(self._config.minutes) and time.monotonic() - self._saved_at >= 60 * self._config.minutes
@@ -141,6 +151,8 @@ class Steps:
         """A snapshot of the state as it is now."""
         ctx = self._ctx
         self.saved, self._saved_at = self.done, time.monotonic()
+        if self.best is not None:
+            self.best.saved(self.done)
         state = {name: part.state_dict() for name, part in self._state.items()}  # (of a sharded model: a collective)
         if not world().first:  # every rank holds the same
             return
@@ -150,7 +162,29 @@ class Steps:
         def write(file: Path) -> None:
             torch.save(state, file)
 
-        snapshot.write(ctx.snapshots, self.done, {STATE: write}, notes, self._config.keep)
+        spare = () if self.best is None else (self.best.step,)
+        snapshot.write(ctx.snapshots, self.done, {STATE: write}, notes, self._config.keep, spare)
+
+    @contextmanager
+    def as_of(self, step: int, parts: Collection[str]) -> Iterator[bool]:
+        """Within the block these parts of the state are as they were after `step`, then as after the last step again;
+        False, and nothing is done, where one of the two snapshots is not whole any more."""
+        found, last = world().on_first(
+            lambda: [snapshot.of_step(self._ctx.snapshots, s, self._ctx.progress.warn) for s in (step, self.done)]
+        )
+        if found is None or last is None:
+            yield False
+            return
+        try:
+            self._load(found, parts)
+            yield True
+        finally:
+            self._load(last, parts)
+
+    def _load(self, found: snapshot.Snapshot, parts: Collection[str]) -> None:
+        state = torch.load(found.file(STATE), map_location="cpu", weights_only=True, mmap=True)  # reads what is used
+        for name in parts:
+            self._state[name].load_state_dict(state[name])
 
     def _restore(self, found: snapshot.Snapshot) -> None:
         state = torch.load(found.file(STATE), map_location="cpu", weights_only=True)
