@@ -30,6 +30,15 @@ class World:
 
     rank: int = 0
     size: int = 1
+    group: Any = None  # torch's process group; None: the one of all ranks
+
+    def apart(self) -> World:
+        """The same ranks with a group of their own, over gloo: for a thread beside the one that computes."""
+        if self.size == 1:
+            return self
+        import torch.distributed as dist
+
+        return World(self.rank, self.size, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def first(self) -> bool:
@@ -80,12 +89,16 @@ class World:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """What `work` gives on the first rank, on every rank; the others only wait. Errors as of `map`."""
         return self.map([None], lambda own: [work() for _ in own], [1.0])[0]
+
+    def everywhere(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work` gives on each rank, on every rank. Errors as of `map`."""
+        return self.map(range(self.size), lambda own: [work() for _ in own], [1.0] * self.size)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether some rank has it set."""
@@ -102,7 +115,7 @@ class World:
 
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -111,7 +124,7 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            dist.barrier(self.group)
 
 
 _BUCKET = 64 << 20  # bytes; one message of this size is as fast as any, and the copy stays small
@@ -143,6 +156,17 @@ def world() -> World:
 def launched() -> bool:
     """Whether torchrun started this process as one of several (or of one)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def ranks_here() -> int:
+    """Ranks on this machine. UserError where the machines of the run have different numbers of them."""
+    here, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world().size
+    if len(set(world().gather(here))) > 1 or size % here:
+        raise UserError(
+            f"parallel.shard=node needs the same number of processes on every machine, and this one has {here} of "
+            f"{size}; give torchrun the same --nproc-per-node everywhere, or set parallel.shard=all"
+        )
+    return here
 
 
 @contextmanager

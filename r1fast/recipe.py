@@ -282,7 +282,7 @@ def _context(this: _Run, name: str) -> StageContext:
         snapshot_key=key,
     )
     usable = partial(_may_go_on, this.log, name, key)
-    found = world().on_first(lambda: snapshot.newest(context.snapshots, usable, this.progress.warn))
+    found = snapshot.newest(context.snapshots, usable, this.progress.warn, world())
     return replace(context, resume=found)
 
 

@@ -291,6 +291,8 @@ class CheckpointConfig(Strict):
     keep: PositiveInt = 2  # newest ones; the others are removed, but for...
     best: Literal["auto", "pass@1", "reward", "none"] = "auto"  # ... an RL stage's best by this; auto: pass@1 where
     # it is measured (evaluate_every), else the reward (stages/best.py)
+    # Written while the next steps run, from a copy; auto: where the state is large enough to pay (stages/saving.py).
+    background: Literal["auto", "always", "never"] = "auto"
     rollout_seconds: float = Field(5.0, ge=0)  # a draw that took longer is kept on disk until the next snapshot
 
 
@@ -308,7 +310,8 @@ class WatchdogConfig(Strict):
 class ParallelConfig(Strict):
     """How a run under torchrun is split; changes no result but for rounding."""
 
-    shard: Literal["none", "all"] = "none"  # all: weights, gradients and optimizer state over the ranks (FSDP2)
+    # Weights, gradients and optimizer state over all ranks (FSDP2), or over those of each machine (HSDP).
+    shard: Literal["none", "all", "node"] = "none"
 
 
 class RecipeConfig(Strict):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from random import Random
 
 import torch
 
 from r1fast.learn.learner import Learner
 from r1fast.model.decoder import Decoder, DecoderConfig
-from r1fast.model.sharding import gathered, shard
+from r1fast.model.sharding import gathered, shard, whole
 from r1fast.model.weights import clone
-from r1fast.schema import ObjectiveConfig, OptimizerConfig
+from r1fast.schema import CheckpointConfig, ObjectiveConfig, OptimizerConfig
+from r1fast.stages.saved import mesh_of, read
+from r1fast.stages.saving import Saver
 from r1fast.stages.steps import PolicyState
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
@@ -20,11 +23,17 @@ SIZES = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24, "layers":
 
 
 def train(
-    objective: dict, sharded: bool = False, saved: dict | None = None
+    objective: dict,
+    sharded: bool = False,
+    saved: dict | None = None,
+    within: int | None = None,
+    written: Path | None = None,
+    found: Path | None = None,
 ) -> tuple[list[float], list[torch.Tensor], float]:
     """(losses of three steps of two mini-batches, the weights after them, the log-prob difference told).
 
-    saved: what `state` gave after the first step; the other two are then done."""
+    saved: what `AFTER_ONE` held after the first step, or found: the folder of a snapshot of it; the other two are then
+    done. within: see `shard`. written: where such a snapshot is written, beside the second step."""
     model = Decoder(DecoderConfig(head_dim=4, **SIZES), dtype=torch.float64).initialize(3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -32,16 +41,22 @@ def train(
     settings = ObjectiveConfig(**objective)
     reference = clone(model) if settings.kl_coef else None
     if sharded:
-        shard(model)
+        shard(model, within)
         if reference is not None:
-            shard(reference)
+            shard(reference, within)
     learner = Learner(model, OptimizerConfig(learning_rate=1e-3), 6)
+    saver = written and Saver(written, CheckpointConfig(background="always"))
     losses, draw, update = [], Random(11), None
+
+    def state() -> dict:
+        return {"model": PolicyState(model).state_dict(), "learner": learner.state_dict()}
+
     for step in range(3):
-        if saved is not None and step == 1:
+        if step == 1 and (saved is not None or found is not None):
+            saved = saved or read(found, mesh_of(state()))
             PolicyState(model).load_state_dict(saved["model"])
             learner.load_state_dict(saved["learner"])
-        if saved is not None and step == 0:
+        if step == 0 and (saved is not None or found is not None):
             [group(draw, "") for _ in range(6)]
             continue
         update = learner.train_policy(
@@ -54,7 +69,11 @@ def train(
         )
         losses += [one.loss for one in update.steps]
         if step == 0:
-            AFTER_ONE.update(copy.deepcopy({"model": PolicyState(model).state_dict(), "learner": learner.state_dict()}))
+            AFTER_ONE.update(copy.deepcopy(whole(state())))
+            if saver:
+                saver.save(1, state(), {}, (), last=False)
+    if saver:
+        saver.wait()
     with gathered(model):
         weights = [p.detach().clone() for p in model.parameters()]
     return losses, weights, update.logprob_difference_mean

@@ -13,6 +13,7 @@ from micro_run import run_micro_stages
 from ranks import free_port, run_ranks
 from test_resume import STAGES
 
+from r1fast.config import UserError
 from r1fast.metrics import read_events
 from r1fast.parallel import World
 
@@ -72,51 +73,68 @@ def test_collectives():
     assert {told[0] for _, _, told, _, _ in found} == {"ValueError", "RuntimeError"}
 
 
-LEARN = """
-from learning import train
-result = train(*arguments)
-"""
-
-
-@pytest.mark.parametrize(("size", "objective"), [(2, {"kl_coef": 0.05, "aggregate": "token"}), (4, {"kl_coef": 0.0})])
-def test_ranks_give_the_losses_and_weights_of_one(size, objective):
-    """In float64, where only the order of sums differs."""
-    from learning import train
-
-    losses, weights, difference = train(objective)
-    for other_losses, other_weights, other_difference in run_ranks(size, LEARN, objective):
-        assert other_losses == pytest.approx(losses, abs=1e-9)
-        assert other_difference == pytest.approx(difference, abs=1e-6)
-        for ours, theirs in zip(weights, other_weights, strict=True):
-            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-9)
-    assert len({round(loss, 6) for loss in losses}) > 1
-
-
-SHARDED = """
+KL = {"kl_coef": 0.05, "aggregate": "token"}
+TWO = """
 import learning
-losses, weights, _ = learning.train({"kl_coef": 0.05}, sharded=True)
-rest, ends, _ = learning.train({"kl_coef": 0.05}, sharded=True, saved=arguments[0])
-kinds = {type(value).__name__ for value in learning.AFTER_ONE["model"]["weights"].values()}
-result = losses, weights, rest, ends, learning.AFTER_ONE, kinds
+from pathlib import Path
+kl, saved, folder = arguments
+result = {"plain": learning.train(kl), "sharded": learning.train(kl, sharded=True, written=Path(folder))}
+result["its state"] = dict(learning.AFTER_ONE)
+result["resumed"] = learning.train(kl, sharded=True, saved=saved)
+"""
+FOUR = """
+import learning
+from pathlib import Path
+kl, folder = arguments
+found = Path(folder) / "step-00000001"
+result = {"plain": learning.train({"kl_coef": 0.0})}
+result["2 x 2"] = learning.train(kl, sharded=True, within=2, written=Path(folder) / "of 2 x 2")
+result["resumed"] = learning.train(kl, sharded=True, found=found)
+result["resumed 2 x 2"] = learning.train(kl, sharded=True, within=2, found=found)
 """
 
 
-def test_sharded_ranks_too_and_their_state_is_anybodys():
-    """FSDP2 over two ranks: the losses and weights of one; what one process saved, two go on with, and the reverse."""
+def same(found, expected, skipped: int = 0) -> None:
+    """In float64, where only the order of sums differs."""
+    losses, weights, difference = expected
+    theirs, ends, told = found
+    assert theirs == pytest.approx(losses[skipped:], abs=1e-9)
+    assert told == pytest.approx(difference, abs=1e-6)
+    for one, other in zip(ends, weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_ranks_give_the_losses_and_weights_of_one(tmp_path):
+    """Two and four, with whole weights, with FSDP2 and with HSDP; what any number of them saved, any other goes on
+    with: the shards of two on one and on four, what one saved on two, and those of two replicas of two on one."""
     import learning
 
-    losses, weights, _ = learning.train({"kl_coef": 0.05})
-    found = run_ranks(2, SHARDED, dict(learning.AFTER_ONE))
-    for theirs, ends, rest, rest_ends, _, kinds in found:
-        assert theirs == pytest.approx(losses, abs=1e-9) and rest == pytest.approx(losses[2:], abs=1e-9)
-        assert kinds == {"Tensor"}
-        for ours, one, other in zip(weights, ends, rest_ends, strict=True):
-            torch.testing.assert_close(one, ours, rtol=0, atol=1e-9)
-            torch.testing.assert_close(other, ours, rtol=0, atol=1e-9)
-    again, ends, _ = learning.train({"kl_coef": 0.05}, saved=found[0][4])
-    assert again == pytest.approx(losses[2:], abs=1e-9)
-    for ours, one in zip(weights, ends, strict=True):
-        torch.testing.assert_close(one, ours, rtol=0, atol=1e-9)
+    from r1fast import snapshot
+
+    one = learning.train(KL)
+    assert len({round(loss, 6) for loss in one[0]}) > 1
+    for found in run_ranks(2, TWO, KL, dict(learning.AFTER_ONE), str(tmp_path)):
+        same(found["plain"], one)
+        same(found["sharded"], one)
+        same(found["resumed"], one, skipped=2)
+        same(learning.train(KL, saved=found["its state"]), one, skipped=2)
+    shards = snapshot.newest(tmp_path, lambda notes: True, pytest.fail)
+    names = sorted(p.name for p in shards.path.iterdir())
+    assert [name[:11] for name in names] == ["manifest.js", "shard-00001", "shard-00002", "state.pt"]
+    sizes = [(shards.path / name).stat().st_size for name in names[1:]]
+    assert sizes[2] < 20_000 < min(sizes[:2])  # no rank wrote the whole
+    same(learning.train(KL, found=shards.path), one, skipped=2)
+    no_kl = learning.train({"kl_coef": 0.0})
+    for found in run_ranks(4, FOUR, KL, str(tmp_path)):
+        same(found["plain"], no_kl)
+        same(found["2 x 2"], one)
+        same(found["resumed"], one, skipped=2)
+        same(found["resumed 2 x 2"], one, skipped=2)
+    replicas = snapshot.newest(tmp_path / "of 2 x 2", lambda notes: True, pytest.fail)
+    same(learning.train(KL, found=replicas.path), one, skipped=2)
+    (shards.path / names[2]).unlink()
+    with pytest.raises(UserError, match=r"the shards do not hold all of 'model\.weights"):
+        learning.train(KL, found=shards.path)
 
 
 # -- the command under torchrun ---------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def recipe(micro, tmp_path_factory) -> tuple[Path, Path]:
     out = folder / "whole"
     stages = {name: {**STAGES[name], "evaluate_every": 0} if name == "grpo" else STAGES[name] for name in STAGES}
     stages["sft"] = {**STAGES["sft"], "epochs": 6}
-    settings = {"checkpoint": {"steps": 1, "minutes": 0, "rollout_seconds": 0}}
+    settings = {"checkpoint": {"steps": 1, "minutes": 0, "rollout_seconds": 0, "background": "always"}}
     run_micro_stages(out, micro, stages, settings)
     path = folder / "recipe.yaml"
     shutil.copy(out / "config.yaml", path)

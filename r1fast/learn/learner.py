@@ -125,7 +125,7 @@ class Learner:
         return [p.grad for p in self.parameters]
 
     def _own_share(self, saved: dict) -> dict:
-        """An optimizer's state of whole tensors, cut as this rank's parameters are."""
+        """An optimizer's state of whole tensors, or of shares, cut as this rank's parameters are."""
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = {
             index: {k: shared_like(v, ordered[index]) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
@@ -153,9 +153,9 @@ class Learner:
         return loss, norm, told
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs besides the model's weights."""
+        """All that a resumed run needs besides the model's weights; of a sharded model, this rank's share of it."""
         return {
-            "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "skipped": self.skipped,
             "total_steps": self.schedule.total_steps,

@@ -23,13 +23,19 @@ from r1fast.parallel import world
 _FORWARDS = ("forward_packed", "forward_paged", "logits")
 
 
-def shard(model: nn.Module) -> None:
-    """Splits the weights over all ranks, in place; every rank must hold the same ones."""
+def shard(model: nn.Module, within: int | None = None) -> None:
+    """Splits the weights over all ranks, in place; every rank must hold the same ones.
+
+    within: over groups of so many consecutive ranks, each of which holds all of them (HSDP): weights are then gathered
+    within a group, where links are fast, and only shares of the gradient are added up between the groups."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (world().size,))
+    device, size = next(model.parameters()).device.type, world().size
+    if within in (None, size):
+        mesh = init_device_mesh(device, (size,))
+    else:
+        mesh = init_device_mesh(device, (size // within, within), mesh_dim_names=("replicate", "shard"))
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.set_gradient_divide_factor(1.0)  # denominators are global already: gradients are added, not averaged
     model.set_force_sum_reduction_for_comms(True)  # gloo knows no other
@@ -65,7 +71,7 @@ def synchronise(model: nn.Module, last: bool) -> None:
 
 
 def whole(tree: Any) -> Any:
-    """`tree` with every sharded tensor put together, on the CPU: what a snapshot holds for any number of ranks."""
+    """`tree` with every sharded tensor put together, on the CPU."""
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -76,8 +82,9 @@ def whole(tree: Any) -> Any:
 
 
 def shared_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of the whole tensor `value`, if `like` is sharded and of its shape; else `value`."""
-    if not hasattr(like, "device_mesh") or value.shape != like.shape:
+    """This rank's share of the whole tensor `value`, if `like` is sharded and of its shape; else, and where `value` is
+    a share already, `value`."""
+    if not hasattr(like, "device_mesh") or hasattr(value, "device_mesh") or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -86,6 +93,6 @@ def shared_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """`model.load_state_dict` of whole tensors."""
+    """`model.load_state_dict` of whole tensors, or of shares."""
     ours = model.state_dict()
     model.load_state_dict({name: shared_like(value, ours[name]) for name, value in state.items()})

@@ -297,7 +297,9 @@ def run(ctx: StageContext) -> StageOutcome:
     parts = 1 + bool(protocol.at_one) + protocol.greedy
     ctx.progress.stage(ctx.name, "evaluate", parts * protocol.limit)
     if ctx.resume is None:
-        Steps(ctx, 0, {}).save()  # an empty one: it keeps the folder, and so the answers, for a run that goes on
+        Steps(ctx, 0, {}).save(
+            last=True
+        )  # an empty one: it keeps the folder, and so the answers, for a run that goes on
     with _answer_file(ctx, Tally(ctx.progress.update)) as answers:
         result, main, general = Evaluator.of(ctx, model, tokenizer).evaluate(protocol, answers)
     log_evaluation(ctx, 0, result, main, general)

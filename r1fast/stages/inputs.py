@@ -18,7 +18,7 @@ from r1fast.learn.packing import Row, row_from_example
 from r1fast.model.sharding import shard
 from r1fast.model.tokenizer import apply_templates, decode, encode_completions, eos_token_ids, set_template
 from r1fast.model.weights import load
-from r1fast.parallel import world
+from r1fast.parallel import ranks_here, world
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.stages.steps import RandomState
 from r1fast.tasks.rows import read_jsonl
@@ -59,10 +59,10 @@ def spread(ctx: StageContext, model: Decoder) -> None:
         return
     if getattr(ctx.stage, "adapters", None) is not None or model.dtype != torch.float32:
         raise UserError(
-            f"stage {ctx.name!r}: parallel.shard=all splits float32 weights without adapters; set model.dtype=float32 "
+            f"stage {ctx.name!r}: parallel.shard splits float32 weights without adapters; set model.dtype=float32 "
             f"and leave stages.{ctx.name}.adapters out, or parallel.shard=none"
         )
-    shard(model)
+    shard(model, ranks_here() if ctx.recipe.parallel.shard == "node" else None)
 
 
 def encode_problems(

@@ -67,9 +67,9 @@ class Journal:
             return None
 
     def forget(self, step: int) -> None:
-        """Removes the draws of the steps up to `step`: a snapshot holds what came of them."""
+        """Removes the draws of the first `step` steps (counted from 0): a snapshot holds what came of them."""
         for path in self.directory.glob("step-*.npz"):
-            if int(path.name.split("-")[1]) <= step:
+            if int(path.name.split("-")[1]) < step:
                 path.unlink(missing_ok=True)
 
     def _path(self, step: int, round_: int) -> Path:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from r1fast import snapshot
 from r1fast.config import UserError
+from r1fast.parallel import world
+from r1fast.stages import saved
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from r1fast.stages.context import StageContext
 
@@ -22,8 +22,9 @@ AT_MOST = 3  # times that a stage is rolled back before it stops all the same
 class Nonfinite:
     """Counts skipped steps in a row and acts on too many, as the recipe's `watchdog` block says."""
 
-    def __init__(self, ctx: StageContext, state: Mapping[str, Any]) -> None:
-        self._ctx, self._config = ctx, ctx.recipe.watchdog
+    def __init__(self, ctx: StageContext, state: Mapping[str, Any], settle: Callable[[], None]) -> None:
+        """settle: called before snapshots are read, so that none is on its way."""
+        self._ctx, self._config, self._settle = ctx, ctx.recipe.watchdog, settle
         self._parts = {name: state[name] for name in ROLLED_BACK if name in state}
         self._learner = state.get("learner")
         self._seen = self._in_a_row = self._times = 0
@@ -48,14 +49,16 @@ class Nonfinite:
     def _act(self, step: int) -> None:
         ctx, found = self._ctx, None
         if self._config.on_nonfinite == "roll_back" and self._times < AT_MOST:
-            found = snapshot.newest(ctx.snapshots, lambda notes: True, ctx.progress.warn)
+            self._settle()
+            found = snapshot.newest(ctx.snapshots, lambda notes: True, ctx.progress.warn, world())
         if found is None:
             raise UserError(
                 f"stage {ctx.name!r}: {self._in_a_row} steps in a row, up to step {step}, had a loss or gradient that "
                 f"is not finite; lower the learning rate or look at samples.jsonl (watchdog.on_nonfinite=roll_back "
                 f"goes on from the last snapshot, at most {AT_MOST} times)"
             )
-        state = torch.load(found.file("state.pt"), map_location="cpu", weights_only=True)
+        mesh = saved.mesh_of([part.state_dict() for part in self._parts.values()])
+        state = saved.read(found.path, mesh, self._parts)
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self._seen, self._in_a_row, self._times = self._learner.skipped, 0, self._times + 1

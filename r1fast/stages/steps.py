@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,10 +23,12 @@ import torch
 from r1fast import snapshot
 from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
-from r1fast.model.sharding import load_whole, whole
+from r1fast.model.sharding import load_whole
 from r1fast.parallel import world
+from r1fast.stages import saved
 from r1fast.stages.nonfinite import Nonfinite
 from r1fast.stages.profiling import StepProfile
+from r1fast.stages.saving import Saver
 from r1fast.stop import Stopped
 from r1fast.watchdog import Watchdog
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from r1fast.model.decoder import Decoder
     from r1fast.stages.best import Best
     from r1fast.stages.context import StageContext
-
-STATE = "state.pt"
 
 
 class Stateful(Protocol):
@@ -54,7 +53,7 @@ class PolicyState:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": whole(self._model.state_dict()), "version": self._model.weights_version}
+        return {"weights": self._model.state_dict(), "version": self._model.weights_version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_whole(self._model, state["weights"])
@@ -100,7 +99,7 @@ class Steps:
     """Iterates over the numbers of the steps still to be done, from `done + 1` to `total`; see the module.
 
     `done` is known after the constructor, which has then restored `state`: what is not in it (an iterator over data)
-    is wound forward by the stage itself. `saved` is the step of the newest snapshot.
+    is wound forward by the stage itself.
     """
 
     def __init__(
@@ -114,27 +113,35 @@ class Steps:
         """state: of all that changes from step to step. timer: of the stage's phases, which the watchdog watches.
         best: which the stage tells its scores, where it has any."""
         self._ctx, self.total, self._timer, self.best = ctx, total, timer, best
-        self._bad = Nonfinite(ctx, state)
+        self._saver = Saver(ctx.snapshots, ctx.recipe.checkpoint)
+        self._bad = Nonfinite(ctx, state, self._saver.wait)
         self._state = {**state, **({} if best is None else {"best": best}), "globals": GlobalRandomness()}
         self._config = ctx.recipe.checkpoint
         self.done = 0
         if ctx.resume is not None:
             self._restore(ctx.resume)
-        self.saved, self._saved_at = self.done, time.monotonic()
+        self._saver.saved = self._taken = self.done
+        self._taken_at = time.monotonic()
+
+    @property
+    def saved(self) -> int:
+        """The step of the newest snapshot that is on disk (on the rank that wrote it)."""
+        return self._saver.saved
 
     def __iter__(self) -> Iterator[int]:
         ctx, stop = self._ctx, self._ctx.stop
         watchdog = Watchdog(self._timer or PhaseTimer(), ctx.log.directory, ctx.recipe.watchdog, stop.stalled)
-        with watchdog, StepProfile(ctx, self.total - self.done) as profile:
+        with watchdog, self._saver, StepProfile(ctx, self.total - self.done) as profile:
             for step in range(self.done + 1, self.total + 1):
                 with stop.step():
                     yield step
                     profile.step()
                     self.done = step
+                    self._saver.look()
                     healthy = self._bad.look(step)
                     ends, due = world().any(stop.requested, self._due())
                     if healthy and (ends or due):
-                        self.save()
+                        self.save(last=ends or step == self.total)
                 if ends:
                     raise Stopped
 
@@ -143,35 +150,27 @@ class Steps:
             return True
         if self.best is not None and self.best.due(self.done):
             return True
-        if self._config.steps and self.done - self.saved >= self._config.steps:
+        if self._config.steps and self.done - self._taken >= self._config.steps:
             return True
-        return bool(self._config.minutes) and time.monotonic() - self._saved_at >= 60 * self._config.minutes
+        return bool(self._config.minutes) and time.monotonic() - self._taken_at >= 60 * self._config.minutes
 
-    def save(self) -> None:
-        """A snapshot of the state as it is now."""
+    def save(self, last: bool = False) -> None:
+        """A snapshot of the state as it is now; whole when this returns if it is the `last` one."""
         ctx = self._ctx
-        self.saved, self._saved_at = self.done, time.monotonic()
+        self._taken, self._taken_at = self.done, time.monotonic()
         if self.best is not None:
             self.best.saved(self.done)
-        state = {name: part.state_dict() for name, part in self._state.items()}  # (of a sharded model: a collective)
-        if not world().first:  # every rank holds the same
-            return
         ctx.log.sync()
         notes = {**ctx.snapshot_key, "stage": ctx.name, "lines": ctx.log.lines(ctx.name), "seconds": ctx.seconds()}
-
-        def write(file: Path) -> None:
-            torch.save(state, file)
-
-        spare = () if self.best is None else (self.best.step,)
-        snapshot.write(ctx.snapshots, self.done, {STATE: write}, notes, self._config.keep, spare)
+        state = {name: part.state_dict() for name, part in self._state.items()}
+        self._saver.save(self.done, state, notes, () if self.best is None else (self.best.step,), last)
 
     @contextmanager
     def as_of(self, step: int, parts: Collection[str]) -> Iterator[bool]:
         """Within the block these parts of the state are as they were after `step`, then as after the last step again;
         False, and nothing is done, where one of the two snapshots is not whole any more."""
-        found, last = world().on_first(
-            lambda: [snapshot.of_step(self._ctx.snapshots, s, self._ctx.progress.warn) for s in (step, self.done)]
-        )
+        tell, place = self._ctx.progress.warn, world()
+        found, last = (snapshot.of_step(self._ctx.snapshots, s, tell, place) for s in (step, self.done))
         if found is None or last is None:
             yield False
             return
@@ -182,12 +181,15 @@ class Steps:
             self._load(last, parts)
 
     def _load(self, found: snapshot.Snapshot, parts: Collection[str]) -> None:
-        state = torch.load(found.file(STATE), map_location="cpu", weights_only=True, mmap=True)  # reads what is used
+        state = saved.read(found.path, self._mesh(), parts)
         for name in parts:
             self._state[name].load_state_dict(state[name])
 
+    def _mesh(self) -> tuple[Any, Any] | None:
+        return saved.mesh_of([part.state_dict() for part in self._state.values()])
+
     def _restore(self, found: snapshot.Snapshot) -> None:
-        state = torch.load(found.file(STATE), map_location="cpu", weights_only=True)
+        state = saved.read(found.path, self._mesh())
         if state.keys() != self._state.keys():
             raise UserError(
                 f"{found.path} holds the state of {', '.join(sorted(state))}, this stage has "
