@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import exact, gpu_results, kernels_vs_peers
+from benchmarks import exact, gpu_results, kernels_vs_peers, snapshots
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
@@ -51,8 +51,21 @@ def exact_part() -> str:
     return "\n\n".join(map(exact.table, found))
 
 
-PARTS = {"tiny": tiny_part, "peers": peers_part, "exact": exact_part, "gpu": gpu_results.page_part}
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kernels", "sampling", "gpu")))
+def snapshots_part() -> str:
+    """What benchmarks.snapshots left."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-snapshots.json")))
+    return "\n\n".join(map(snapshots.table, found))
+
+
+PARTS = {
+    "tiny": tiny_part,
+    "peers": peers_part,
+    "exact": exact_part,
+    "gpu": gpu_results.page_part,
+    "snapshots": snapshots_part,
+}
+PAGE_NAMES = ("kernels", "sampling", "gpu", "reliability")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES))
 
 
 def rewritten(readme: str) -> str:
