@@ -190,7 +190,7 @@ def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_another_number(
     """Its weights sharded before, whole after."""
     recipe, whole = one
     out = tmp_path / "run"
-    process = torchrun(2, out, recipe, "parallel.shard=all")
+    process = torchrun(2, out, recipe, "parallel.shard=all", "checkpoint.background=always")
     log, waited = out / "metrics.jsonl", time.monotonic() + 120
     while not (log.is_file() and '"kind": "grpo", "step": 2,' in log.read_text()):
         assert process.poll() is None and time.monotonic() < waited

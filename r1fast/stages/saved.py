@@ -21,7 +21,7 @@ from r1fast.config import UserError
 from r1fast.parallel import World
 
 STATE = "state.pt"
-_STANDS_FOR = "tensor in the shards"  # key of a dict that stands in state.pt for a sharded tensor
+_STANDS_FOR = "tensor in the shards"  # key of a dict that stands in state.pt for a sharded tensor: [name, shape]
 
 
 def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -36,7 +36,7 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
         if not _is_sharded(value):
             return value
         shards[path[1:]] = value.detach()
-        return {_STANDS_FOR: path[1:]}
+        return {_STANDS_FOR: [path[1:], list(value.shape)]}
 
     return visit(tree, ""), shards
 
@@ -45,7 +45,7 @@ def join(tree: Any, shards: dict[str, Tensor]) -> Any:
     """The tree that was split."""
     if isinstance(tree, dict):
         if tree.keys() == {_STANDS_FOR}:
-            return shards[tree[_STANDS_FOR]]
+            return shards[tree[_STANDS_FOR][0]]
         return {key: join(one, shards) for key, one in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(join(one, shards) for one in tree)
@@ -119,11 +119,11 @@ def read(folder: Path, mesh: tuple[Any, Any] | None, parts: Any = None) -> dict[
     parts: the keys that are wanted; default: all. UserError where the shards are not all there."""
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=parts is not None)
     state = state if parts is None else {name: state[name] for name in parts if name in state}
-    wanted = set(_marks(state))
+    wanted = {name: tuple(shape) for name, shape in _marks(state)}
     return join(state, _read_shards(folder, wanted, mesh)) if wanted else state
 
 
-def _marks(tree: Any) -> Iterator[str]:
+def _marks(tree: Any) -> Iterator[tuple[str, list[int]]]:
     if isinstance(tree, dict):
         if tree.keys() == {_STANDS_FOR}:
             yield tree[_STANDS_FOR]
@@ -134,17 +134,18 @@ def _marks(tree: Any) -> Iterator[str]:
             yield from _marks(value)
 
 
-def _read_shards(folder: Path, wanted: set[str], mesh: tuple[Any, Any] | None) -> dict[str, Tensor]:
+def _read_shards(folder: Path, wanted: dict[str, tuple[int, ...]], mesh: tuple[Any, Any] | None) -> dict[str, Tensor]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import empty
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     found = reader.read_metadata().state_dict_metadata
     targets: dict[str, Tensor] = {}
-    for name in sorted(wanted):
-        if name not in found or sum(math.prod(c.sizes) for c in found[name].chunks) != math.prod(found[name].size):
+    for name, size in wanted.items():
+        held = found.get(name)
+        if held is None or tuple(held.size) != size or sum(math.prod(c.sizes) for c in held.chunks) != math.prod(size):
             raise UserError(f"{folder}: the shards do not hold all of {name!r}; --fresh starts the stage again")
-        size, dtype = found[name].size, found[name].properties.dtype
+        dtype = held.properties.dtype
         if mesh is None:
             targets[name] = torch.empty(size, dtype=dtype)
         else:

@@ -160,8 +160,10 @@ class Steps:
         self._taken, self._taken_at = self.done, time.monotonic()
         if self.best is not None:
             self.best.saved(self.done)
-        ctx.log.sync()
-        notes = {**ctx.snapshot_key, "stage": ctx.name, "lines": ctx.log.lines(ctx.name), "seconds": ctx.seconds()}
+        notes: dict[str, Any] = {}
+        if world().first:  # who has the log
+            ctx.log.sync()
+            notes = {**ctx.snapshot_key, "stage": ctx.name, "lines": ctx.log.lines(ctx.name), "seconds": ctx.seconds()}
         state = {name: part.state_dict() for name, part in self._state.items()}
         self._saver.save(self.done, state, notes, () if self.best is None else (self.best.step,), last)
 
