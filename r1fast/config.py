@@ -267,12 +267,21 @@ def _explain(error: ValidationError, raw: dict, path: Path, overrides: list[str]
     new_without_kind = absent and first["type"] in {"union_tag_not_found", "missing"}
     dotted = ".".join(map(str, location[:2] if new_without_kind else location))
     culprit = next((o for o in reversed(overrides) if _concerns(o.partition("=")[0], dotted)), None)
-    where = f"override {culprit!r}" if culprit else str(path)
+    where = f"override {_without_secret(culprit)!r}" if culprit else str(path)
     more = f" (and {len(rest)} more)" if rest else ""
     if new_without_kind:
         near = nearest(location[1], sorted(named[block]))
         return f"{where}: the recipe has no {block[:-1]} {location[1]!r}{near}; a new one needs its `kind`{more}"
     return f"{where}: {_sentence(first, raw, location)}{more}"
+
+
+_SECRET = re.compile(r"(key|token|secret|password|url)$", re.IGNORECASE)
+
+
+def _without_secret(override: str) -> str:
+    """An override as it may be said again, where others read it too."""
+    key, _, _ = override.partition("=")
+    return f"{key}=***" if _SECRET.search(key) else override
 
 
 def _concerns(override: str, dotted: str) -> bool:

@@ -122,6 +122,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _can_judge(task, args: argparse.Namespace) -> None:
     """UserError where the task's verifiers cannot be used here, before the model is read."""
+    from pydantic import ValidationError
+
     from r1fast import rewards
     from r1fast.schema import JudgeConfig, RewardsConfig
 
@@ -129,7 +131,10 @@ def _can_judge(task, args: argparse.Namespace) -> None:
         raise UserError("--judge-url and --judge-model go together; give both, or neither")
     judge = None
     if args.judge_url is not None:
-        judge = JudgeConfig(url=args.judge_url, model=args.judge_model, budget=args.judge_budget)
+        try:
+            judge = JudgeConfig(url=args.judge_url, model=args.judge_model, budget=args.judge_budget)
+        except ValidationError as error:  # without what was given, which may hold a key
+            raise UserError(f"--judge-url {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     rewards.configure(RewardsConfig(sandbox=args.sandbox, judge=judge))
     for name in (task.verifier, *task.beside):
         if (why := rewards.get(name).why_not()) is not None:

@@ -6,9 +6,11 @@ one). Everything downstream is handed these objects, and the same objects are wr
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 
 class Strict(BaseModel):
@@ -61,6 +63,29 @@ class JudgeConfig(Strict):
     tries: int = Field(4, ge=1, le=10)  # of one request
     timeout: PositiveFloat = 120.0  # seconds for one try
     max_tokens: PositiveInt = 4096  # of a reply
+
+    # A recipe is written to RUN_DIR/config.yaml and shown in reports: it must hold no secret.
+
+    @field_validator("key")
+    @classmethod
+    def _names_a_variable(cls, key: str) -> str:
+        if not re.fullmatch(r"[A-Z][A-Z_]*[A-Z0-9_]{0,8}", key):
+            raise ValueError(
+                "names the environment variable that holds the key (capitals and _, as OPENAI_API_KEY); the key itself "
+                "belongs in no file and no command"
+            )
+        return key
+
+    @field_validator("url")
+    @classmethod
+    def _holds_no_secret(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(
+                "is an address without user, password or query; put the key into the environment variable that "
+                "rewards.judge.key names"
+            )
+        return url
 
 
 class OverlongReward(Strict):
