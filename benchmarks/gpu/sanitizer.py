@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu.measure import DEVICE, NO_TIME, Report, arguments, ask, in_short
@@ -81,13 +82,13 @@ def main() -> int:
             report.skip(tool, "no GPU" if DEVICE == "cpu" else "compute-sanitizer is neither on PATH nor beside nvcc")
         return 0
     errors, command = 0, [sys.executable, "-m", MODULE, "--ask", "cases"]
-    for tool in TOOLS:
+    with ThreadPoolExecutor() as together:  # both wait for processes of their own
+        checks = {tool: together.submit(check, [sanitizer], tool, command, options.seconds) for tool in TOOLS}
+    for tool, found in checks.items():
         try:
-            row = check([sanitizer], tool, command, options.seconds / len(TOOLS))
+            errors += report.add(**found.result())["errors"]
         except RuntimeError as error:
             report.skip(tool, in_short(error))
-            continue
-        errors += report.add(**row)["errors"]
     if errors:
         report.say(wrong=f"compute-sanitizer found {errors} errors")
     return int(bool(errors))

@@ -85,6 +85,8 @@ class Steps:
             if ours and theirs:
                 ratio = round(theirs["seconds"] / ours["seconds"], 2)
                 self.report.say(**{f"{name}: TRL over r1fast at {beside.completion} tokens": ratio})
+                wanted = targets.STEP_TIMES_TRL
+                self.report.say(**{f"{name}: at least {wanted:g}x": ratio >= wanted} if not SMALL else {})
 
     def rows(self, name: str, shape: Shape) -> list[dict]:
         found = self.report.data["rows"]
