@@ -143,7 +143,10 @@ def _can_judge(task, args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The numbers, and a row for every problem with its completions."""
+    from r1fast.model.weights import load, read_config
+
     _check(args)
+    read_config(Path(args.model))  # before a data set is loaded, perhaps from afar
     task = find_task(args.task, args.data, args.option)
     if task.verifier is None:
         raise UserError(f"task {args.task!r} has no right answers to measure; give a task with a verifier")
@@ -152,7 +155,6 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
 
     from r1fast.device import choose_device, choose_dtype
     from r1fast.model.tokenizer import CHAT_TEMPLATES
-    from r1fast.model.weights import load
     from r1fast.stages.answers import AnswerFile, Tally
     from r1fast.stages.evaluate import Evaluator
 

@@ -186,9 +186,21 @@ class R1Fast(TemplateLM):
         return tokens, params, stop
 
 
+def on_this_machine(arguments: list[str]) -> list[str]:
+    """The command line with `--device cpu` where it asks for a model, names no device, and there is no GPU: without it
+    the harness takes cuda for granted."""
+    import torch
+
+    given = {argument.partition("=")[0] for argument in arguments}
+    if not given & {"--model", "-M"} or given & {"--device", "--config", "-C"} or torch.cuda.is_available():
+        return arguments
+    return [*arguments, "--device", "cpu"]
+
+
 def main() -> int:
     from lm_eval.__main__ import cli_evaluate
 
+    sys.argv[1:] = on_this_machine(sys.argv[1:])
     try:
         cli_evaluate()
     except UserError as error:

@@ -144,9 +144,13 @@ def test_equal_prompts_are_drawn_with_their_own_seeds_whatever_is_still_wanted(t
 
 
 def test_a_file_of_another_evaluation_is_refused(tmp_path):
-    AnswerFile(tmp_path / "answers.jsonl", KEY).close()
+    path = tmp_path / "answers.jsonl"
+    AnswerFile(path, {**KEY, "samples": "2"}).close()  # no answer is in it: nothing is lost
+    with AnswerFile(path, KEY) as answers:
+        answers.keep("main", "p1", [Sample("answer : 9", 1, "stop")] * 4, scored=False)
     with pytest.raises(UserError, match=r"another samples \(there 4, now 16\)"):
-        AnswerFile(tmp_path / "answers.jsonl", {**KEY, "samples": "16"})
+        AnswerFile(path, {**KEY, "samples": "16"})
+    assert AnswerFile(path, KEY).drawn("main", "p1")
 
 
 def test_a_failing_verifier_is_counted_and_is_no_wrong_answer():

@@ -118,6 +118,12 @@ def test_an_interrupted_stage_of_a_recipe_goes_on_with_the_same_numbers(micro, t
     assert len(lines[0]) == len(lines[1]) == 2
 
 
+def test_a_missing_checkpoint_is_told_before_the_data_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("r1fast.evaluate.find_task", lambda *_: pytest.fail("the data set was loaded"))
+    assert main([str(tmp_path / "gone"), "--task", "aime24"]) == 2
+    assert "no such checkpoint folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -140,7 +140,8 @@ def test_a_pattern_that_takes_for_ever_is_ended():
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("", 0), ("One", 1), ("One.", 1), ("One. Two", 2), ("Mr. X left. He ran!", 2), ("Pi is 3.14. Yes?!", 2),
+    [("", 0), ("One", 1), ("One.", 1), ("One. Two", 2), ("At 3 p.m. today. So.", 2), ("Mr. X left. He ran!", 2),
+     ("Pi is 3.14. Yes?!", 2),
      ("你好。再见。", 2), ('He said "go." Then went.', 2)],
 )  # fmt: skip
 def test_sentences(text, count):

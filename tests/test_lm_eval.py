@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from r1fast.config import UserError  # noqa: E402
-from r1fast.lm_eval import R1Fast, main  # noqa: E402
+from r1fast.lm_eval import R1Fast, main, on_this_machine  # noqa: E402
 from r1fast.model.scoring import score  # noqa: E402
 
 POSITIONS = 160
@@ -108,6 +108,16 @@ def test_tokens_are_those_of_hf(ours, theirs):
     assert ours.prefix_token_id == theirs.prefix_token_id and ours.max_length == theirs.max_length == POSITIONS
     talk = [{"role": "user", "content": "Hello?"}]
     assert ours.apply_chat_template(talk) == theirs.apply_chat_template(talk)
+
+
+def test_without_a_gpu_the_device_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["--model", "r1fast", "--tasks", "x"]
+    assert on_this_machine(command) == [*command, "--device", "cpu"]
+    for other in (["ls", "tasks"], [*command, "--device=cuda"], [*command, "--config", "file.yaml"]):
+        assert on_this_machine(other) == other
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert on_this_machine(command) == command
 
 
 def write_tasks(folder):

@@ -19,7 +19,7 @@ from r1fast.rewards.layout import final_answer
 Check = Callable[..., bool]
 KINDS: dict[str, Check] = {}
 
-_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|No|Inc|Ltd|Co|U\.S|[A-Z])\.$")
+_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|No|Inc|Ltd|Co|U\.S|[ap]\.m|[A-Z])\.$")
 _SENTENCE_END = re.compile(r"[.!?。！？]+[\"'”’)\]]*(?=\s|$)|[。！？]+")
 _WORD = re.compile(r"[^\W_]+(?:['’.-][^\W_]+)*")
 

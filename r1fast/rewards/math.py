@@ -32,6 +32,7 @@ _INEQUALITY = re.compile(r"(?:([^<>A-Za-z]+)([<≤>≥]))?[A-Za-z]([<≤>≥])([
 _INTERVAL = re.compile(r"[(\[].+,.+[)\]]")
 _OR = re.compile(r"or|\\(?:lor|vee|cup)(?:\{\})?")
 _EXCEPT = re.compile(r"[A-Za-z](?:\\neq?(?:\{\})?|≠)([^A-Za-z]+)")
+_SET = re.compile(r"\\\{[A-Za-z](?::|\||\\mid(?:\{\})?)(.*)\\\}")  # {x | x > 3}
 _CHOICE = re.compile(r"\(?([A-Z])[).]?")  # an option's letter, dressed or not
 
 
@@ -75,6 +76,9 @@ def _bare(text: str) -> str:
 def _interval(bare: str) -> str | None:
     """The interval that an inequality of one variable means: `-1<x\\le3` is `(-1,3]`; a union for `x<2` or `x>3`, and
     for `x\\neq2`; None for anything else."""
+    bare = bare.replace(r"\infty", "∞")
+    if (described := _SET.fullmatch(bare)) is not None:
+        bare = described[1]
     if len(parts := _OR.split(bare)) > 1:
         found = [_interval(part) for part in parts]
         return None if None in found else r"\cup".join(found)
@@ -96,7 +100,7 @@ def _interval(bare: str) -> str | None:
             low = ("[" if closed else "(", bound)
         else:
             high = ("]" if closed else ")", bound)
-    return f"{low[0]}{low[1]},{high[1]}{high[0]}"
+    return f"{low[0]}{low[1]},{high[1]}{high[0]}".replace("∞", r"\infty")
 
 
 def _alike(found: str, gold: str) -> tuple[str, str]:

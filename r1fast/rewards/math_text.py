@@ -30,7 +30,7 @@ def _recurring(found: re.Match) -> str:
 
 def readable(text: str) -> str:
     """`text` with mixed numbers, recurring decimals, powers of ten, degrees and angle brackets as LaTeX has them."""
-    text = text.strip()
+    text = text.strip().rstrip(",;").rstrip()
     if text.startswith("**") and text.endswith("**"):
         text = text.strip("*").strip()
     text = _TEXT_WITH_NUMBER.sub(r"\1", _ABOUT.sub("", text)).replace("°", r"^\circ")

@@ -70,6 +70,9 @@ class AnswerFile:
         if path.exists():
             drop_torn_line(path)
         rows = list(read_rows(path))
+        if len(rows) == 1 and rows[0].get("key") != json.loads(json.dumps(key)):  # ended before its first answer
+            path.unlink()
+            rows = []
         if rows:
             self._compare(rows[0].get("key", {}), json.loads(json.dumps(key)))
         self._file = path.open("a", encoding="utf-8")
