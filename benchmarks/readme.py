@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import exact, gpu_results, kernels_vs_peers, snapshots
+from benchmarks import exact, gpu_results, kernels_vs_peers, sampling, snapshots
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = RESULTS / "tiny"
 PICTURE = ROOT / "docs" / "tiny.png"
+CURVES = ROOT / "docs" / "sampling.png"
 
 
 def tiny_runs() -> list[Path]:
@@ -57,8 +58,23 @@ def snapshots_part() -> str:
     return "\n\n".join(map(snapshots.table, found))
 
 
+def sampling_results() -> list[dict]:
+    """What benchmarks.sampling left, one file a machine: an old one is removed when a new one is committed."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-sampling.json"))]
+
+
+def sampling_part() -> str:
+    """The tables, and the picture of the first file that has curves."""
+    found = sampling_results()
+    if not found:
+        return "No results are committed yet; docs/log.md has first numbers."
+    picture = "\n\n![tokens/s of decoding against context and batch](sampling.png)"
+    return "\n\n".join(map(sampling.table, found)) + (picture if any(one["curves"] for one in found) else "")
+
+
 PARTS = {
     "tiny": tiny_part,
+    "sampling": sampling_part,
     "peers": peers_part,
     "exact": exact_part,
     "gpu": gpu_results.page_part,
@@ -95,6 +111,9 @@ def main() -> int:
             print(f"{' and '.join(stale)}: old; run python -m benchmarks.readme", file=sys.stderr)
         return int(bool(stale))
     print(write_picture(tiny_runs()[0], PICTURE))
+    for results in sampling_results():
+        if results["curves"]:
+            sampling.picture(results, CURVES)
     return 0
 
 

@@ -3,7 +3,7 @@
 import checkpoints
 import pytest
 
-from benchmarks import sampling
+from benchmarks import readme, sampling
 from benchmarks.sampling_contenders import NAMES, Case, contender, prompts_of
 
 
@@ -62,3 +62,10 @@ def test_the_table_and_the_picture_of_what_was_measured(tmp_path):
     assert "100 GFLOP/s" in found and "20 GB/s over the weights of 3M" in found
     sampling.picture(results, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_the_page_of_the_sampler_says_what_the_results_say():
+    page = (readme.ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    assert readme.rewritten(page) == page, "run python -m benchmarks.readme"
+    assert "sampling:begin" in page and "exact:begin" in page
+    assert readme.CURVES.is_file() or "(sampling.png)" not in page
