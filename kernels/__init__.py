@@ -19,7 +19,7 @@ OP_MODULES = {
     "linear_grpo_loss": "linear_grpo_loss",
     "linear_cross_entropy": "linear_grpo_loss",
     "paged_attention": "paged_attention",
-    "paged_append": "paged_attention",
+    "paged_append": "paged_append",
     "varlen_attention": "varlen_attention",
     "prefix_attention": "prefix_attention",
     "sample_token": "sample_token",

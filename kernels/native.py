@@ -73,6 +73,11 @@ def without_gaps(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def packed_heads(x: torch.Tensor) -> torch.Tensor:
+    """x itself where each [heads, width] is contiguous, as in a slice of the joint projection; else a copy."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
 def place(x: torch.Tensor) -> tuple[int, int, int]:
     """Address and strides (in elements) of x [rows, heads, width]: what native code calls Strided."""
     return x.data_ptr(), x.stride(0), x.stride(1)

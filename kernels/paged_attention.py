@@ -9,6 +9,13 @@ Decode has one query a sequence, which sees the whole context. With `cu_seqlens_
 sequence are the last of its context, each seeing up to itself. The cache must hold finite numbers everywhere, also in
 slots not yet written (allocate it with zeros).
 
+Groups. `groups` says which rows of a decode step have the same blocks in a piece of `PIECE` positions (paged_groups.py
+finds them): a GPU then reads the piece once for all of them, with their queries and heads as the rows of one product,
+and each row goes through the pieces that it shares with nobody by itself. Pieces are merged in their order, whoever did
+them. What holds for the bits of a row: they depend neither on the rest of the batch nor on who else is in its groups,
+so a row that is left alone keeps them. With and without `groups` they may differ, as the products have other shapes.
+The C++ backend of the CPU finds rows that share blocks by itself, needs no `groups`, and has the same bits either way.
+
 The Triton kernels are in paged_attention_triton.py.
 """
 
@@ -20,25 +27,15 @@ from torch import Tensor
 
 from r1fast_kernels import native, paged_attention_triton
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
+from r1fast_kernels.paged_append import check_cache, random_cache
+from r1fast_kernels.paged_groups import PIECE, find_groups, pieces_of, positions_read, same_as_before
 from r1fast_kernels.triton_support import triton_unavailable
 
 
-def _check_cache(op, k_cache, v_cache, like) -> None:
-    if k_cache.dim() != 4 or v_cache.shape != k_cache.shape or k_cache.shape[3] != like.shape[-1]:
-        raise ValueError(
-            f"{op}: k_cache and v_cache must be [N, bs, Hkv, {like.shape[-1]}], "
-            f"not {list(k_cache.shape)} and {list(v_cache.shape)}"
-        )
-    if not like.is_floating_point() or k_cache.dtype != like.dtype or v_cache.dtype != like.dtype:
-        raise ValueError(f"{op}: all must be of one float dtype, not {like.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    if k_cache.device != like.device or v_cache.device != like.device:
-        raise ValueError(f"{op}: the caches must live on {like.device}, not {k_cache.device} and {v_cache.device}")
-
-
-def check(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> None:
+def check(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> None:
     if q.dim() != 3:
         raise ValueError(f"paged_attention: q must be [T, Hq, D], not {list(q.shape)}")
-    _check_cache("paged_attention", k_cache, v_cache, q)
+    check_cache("paged_attention", k_cache, v_cache, q)
     if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"paged_attention: {q.shape[1]} query heads do not divide over {k_cache.shape[2]} key heads")
     sequences = context_lens.shape[0]
@@ -58,6 +55,32 @@ def check(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) 
         )
     if block_tables.device != q.device or context_lens.device != q.device:
         raise ValueError(f"paged_attention: block_tables and context_lens must live on {q.device} as q does")
+    if groups is not None:
+        _check_groups(groups, block_tables, k_cache.shape[1], cu_seqlens_q)
+
+
+def _check_groups(groups, block_tables, block: int, cu_seqlens_q) -> None:
+    if cu_seqlens_q is not None:
+        raise ValueError("paged_attention: groups are of decode steps; leave them out where cu_seqlens_q is given")
+    shape = (pieces_of(block_tables.shape[1], block), block_tables.shape[0])
+    if groups.shape != shape or groups.dtype != torch.int32 or groups.device != block_tables.device:
+        raise ValueError(
+            f"paged_attention: groups must be int32 {list(shape)} on {block_tables.device}, a row for each {PIECE} "
+            f"positions of the tables, not {groups.dtype} {list(groups.shape)} on {groups.device}"
+        )
+    if groups.stride(1) != 1:
+        raise ValueError("paged_attention: the rows of groups must be contiguous")
+    if groups.is_cpu:  # a GPU is not asked
+        row = torch.arange(shape[1], dtype=torch.int32)
+        goes_on = torch.zeros_like(groups, dtype=torch.bool)
+        goes_on[:, 1:] = groups[:, 1:] == groups[:, :-1]
+        wrong = ~torch.where(goes_on, same_as_before(block_tables, block), groups == row)
+        if wrong.any():
+            piece, at = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"paged_attention: groups[{piece}, {at}] is {int(groups[piece, at])}; it must be {at}, or as the one "
+                f"before where both rows have the same blocks in that piece"
+            )
 
 
 def _gather(cache: Tensor, table: Tensor) -> Tensor:
@@ -77,7 +100,7 @@ def _longest(op: str, context_lens: Tensor, block_tables: Tensor, block: int) ->
     return -(-longest // block)
 
 
-def reference(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> Tensor:
+def reference(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> Tensor:
     """Gather the blocks a batch needs and call torch's attention.
 
     In decode the query heads of one key head go as rows of one product, so no key is repeated: 0.75 ms for 256
@@ -108,37 +131,10 @@ def reference(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, sca
     return out.transpose(1, 2)[valid]
 
 
-def check_append(k, v, k_cache, v_cache, slot_mapping, op: str = "paged_append") -> None:
-    """`op` names the caller, where the write is part of another op."""
-    if k.dim() != 3 or v.shape != k.shape or k_cache.dim() != 4 or k.shape[1] != k_cache.shape[2]:
-        raise ValueError(
-            f"{op}: k and v must be [T, Hkv, D] with the heads of the caches, "
-            f"not {list(k.shape)} and {list(v.shape)} for {list(k_cache.shape)}"
-        )
-    _check_cache(op, k_cache, v_cache, k)
-    if slot_mapping.shape != k.shape[:1] or slot_mapping.dtype != torch.int64 or slot_mapping.device != k.device:
-        raise ValueError(
-            f"{op}: slot_mapping must be int64 [{k.shape[0]}] on {k.device}, "
-            f"not {slot_mapping.dtype} {list(slot_mapping.shape)} on {slot_mapping.device}"
-        )
-    if v.dtype != k.dtype or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError(f"{op}: k and v must be of one dtype, and the caches contiguous")
-
-
-def reference_append(k, v, k_cache, v_cache, slot_mapping) -> None:
-    """Plain torch."""
-    try:
-        for new, cache in ((k, k_cache), (v, v_cache)):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, new)
-    except IndexError:
-        slots = k_cache.shape[0] * k_cache.shape[1]
-        raise ValueError(f"paged_append: a slot lies outside the cache, which has {slots}") from None
-
-
 WIDEST_GROUP = 4096  # floats of the query heads that share a key head, which the CPU kernel keeps on the stack
 
 
-def _cpu_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> str | None:
+def _cpu_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> str | None:
     if q.dtype != torch.float32:
         return f"it computes in float32, and q is {q.dtype}"
     if q.shape[1] // k_cache.shape[2] * q.shape[2] > WIDEST_GROUP:
@@ -148,13 +144,8 @@ def _cpu_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q,
     return None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x itself where each [heads, width] is contiguous, as in a slice of the joint projection; else a copy."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _cpu_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> Tensor:
-    q, table, lens = _rows(q), block_tables, context_lens.contiguous()
+def _cpu_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> Tensor:
+    q, table, lens = native.packed_heads(q), block_tables, context_lens.contiguous()
     table = table if table.stride(1) == 1 else table.contiguous()
     starts = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
     out = torch.empty(q.shape)
@@ -167,26 +158,15 @@ def _cpu_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, 
     return out
 
 
-def _cpu_append_supports(k, v, k_cache, *_rest) -> str | None:
-    return None if k.dtype == torch.float32 else f"it copies float32, and k is {k.dtype}"
-
-
-def _cpu_append(k, v, k_cache, v_cache, slot_mapping) -> None:
-    k, v, slots = _rows(k), _rows(v), slot_mapping.contiguous()
-    addresses = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr())
-    sizes = (k.shape[0], k.shape[1] * k.shape[2], k_cache.shape[0] * k_cache.shape[1])
-    native.cpu().paged_append(*addresses, slots.data_ptr(), *sizes)
-
-
 WIDEST_HEAD = 256  # of the CUDA kernel: a lane holds 8 numbers of a head, and a warp has 32 lanes
 LONGEST_TABLE = 1 << 24  # positions: splits of 256 lie along a dimension of the grid that ends at 65535
 
 
-def _cuda_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> str | None:
+def _cuda_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> str | None:
     if q.dtype not in native.ELEMENT_TYPES:
         return f"it has no {q.dtype}"
-    if cu_seqlens_q is not None:
-        return "it decodes: one query a sequence"
+    if cu_seqlens_q is not None or groups is not None:
+        return "it decodes, one query a sequence and each by itself"
     if q.shape[2] % 8 or q.shape[2] > WIDEST_HEAD:
         return f"its head sizes are multiples of 8 up to {WIDEST_HEAD}, and here it is {q.shape[2]}"
     if not 0 < block_tables.shape[1] * k_cache.shape[1] <= LONGEST_TABLE or not k_cache.numel():
@@ -196,8 +176,8 @@ def _cuda_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q
     return None
 
 
-def _cuda_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale) -> Tensor:
-    q, table, lens = _rows(q), block_tables, context_lens.contiguous()
+def _cuda_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> Tensor:
+    q, table, lens = native.packed_heads(q), block_tables, context_lens.contiguous()
     table = table if table.stride(1) == 1 else table.contiguous()
     rows, heads, width = q.shape
     blocks, block, kv_heads = k_cache.shape[:3]
@@ -212,26 +192,18 @@ def _cuda_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q,
     return out
 
 
-def _cuda_append_supports(k, *_rest) -> str | None:
-    return None if k.dtype in native.ELEMENT_TYPES else f"it has no {k.dtype}"
+def _case(
+    size: str,
+    contexts: list[int],
+    block: int,
+    heads: tuple[int, int, int],
+    queries: list[int] | None = None,
+    shared: list[int] | None = None,
+) -> Case:
+    """Tables in random order; the first two sequences share their first block; past a context are -1 and junk.
 
-
-def _cuda_append(k, v, k_cache, v_cache, slot_mapping) -> None:
-    k, v, slots = _rows(k), _rows(v), slot_mapping.contiguous()
-    addresses = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr())
-    sizes = (k.shape[0], k.shape[1] * k.shape[2], k_cache.shape[0] * k_cache.shape[1], k.element_size())
-    native.launch(k.device, "paged_append", *addresses, slots.data_ptr(), *sizes)
-
-
-def _cache(
-    blocks: int, block: int, kv_heads: int, width: int, device: str, dtype: torch.dtype, generator
-) -> list[Tensor]:
-    shape = (2, blocks, block, kv_heads, width)
-    return list(torch.randn(shape, generator=generator).to(device, dtype))
-
-
-def _case(size: str, contexts: list[int], block: int, heads: tuple[int, int, int], queries: list[int] | None) -> Case:
-    """Tables in random order; the first two sequences share their first block; past a context are -1 and junk."""
+    shared: of each sequence how many of its first blocks are those of the sequence before it; groups are found then.
+    """
     query_heads, kv_heads, width = heads
 
     def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
@@ -243,27 +215,41 @@ def _case(size: str, contexts: list[int], block: int, heads: tuple[int, int, int
         table[len(contexts) // 2 :, 1:] = 1_000_000
         for i, n in enumerate(used):
             table[i, :n] = order[sum(used[:i]) : sum(used[: i + 1])]
+            if shared:
+                table[i, : shared[i]] = table[i - 1, : shared[i]]
         table[min(1, len(used) - 1), 0] = table[0, 0]
         rows = len(contexts) if queries is None else sum(queries)
         q = torch.randn(rows, query_heads, width, generator=generator).to(device, dtype)
-        caches = _cache(blocks, block, kv_heads, width, device, dtype, generator)
+        caches = random_cache(blocks, block, kv_heads, width, device, dtype, generator)
         starts = None if queries is None else torch.tensor([0, *queries]).cumsum(0).int().to(device)
-        return q, *caches, table.to(device), torch.tensor(contexts, dtype=torch.int32, device=device), starts, None
+        groups = find_groups(table, block).to(device) if shared else None
+        lens = torch.tensor(contexts, dtype=torch.int32, device=device)
+        return q, *caches, table.to(device), lens, starts, None, groups
 
-    kind = "decode" if queries is None else "prefill"
+    kind = "prefill" if queries else "grouped decode" if shared else "decode"
     name = f"{kind} {len(contexts)} contexts up to {max(contexts)} {query_heads}+{kv_heads} heads of {width}"
     return Case(name, size, make)
 
 
 def cases() -> list[Case]:
     return [
-        _case("tiny", [5, 17, 1], 4, (4, 2, 16), None),
+        _case("tiny", [5, 17, 1], 4, (4, 2, 16)),
         _case("tiny", [5, 17, 9], 4, (4, 2, 16), [5, 2, 1]),
-        _case("ragged", [1, 33, 200, 7, 64, 63, 65], 16, (6, 1, 24), None),
+        _case("tiny", [258, 259, 5], 16, (4, 2, 16), shared=[0, 16, 0]),
+        _case("ragged", [1, 33, 200, 7, 64, 63, 65], 16, (6, 1, 24)),
         _case("ragged", [70, 33, 3], 16, (3, 3, 40), [70, 16, 0]),
-        _case("ragged", [600, 256, 7, 257], 16, (8, 2, 64), None),  # more than one piece of a split context
-        _case("model", [40 + i % 25 for i in range(256)], 16, (4, 2, 16), None),
-        _case("model", [900 + i for i in range(64)], 16, (12, 2, 128), None),
+        _case("ragged", [600, 256, 7, 257], 16, (8, 2, 64)),  # more than one piece of a split context
+        _case("ragged", [300, 1, 129, 40], 13, (7, 1, 72), [41, 1, 5, 40]),
+        # An odd block, so that pieces begin inside of one; groups of four, of one and of two, and a shorter one.
+        _case("ragged", [600, 520, 519, 700, 9, 280, 300, 550], 13, (3, 1, 24), shared=[0, 40, 39, 39, 0, 0, 21, 20]),
+        _case("model", [40 + i % 25 for i in range(256)], 16, (4, 2, 16)),
+        _case("model", [900 + i for i in range(64)], 16, (12, 2, 128)),
+        _case("model", [1100 + i for i in range(64)], 16, (12, 2, 128), shared=[64 * (i % 16 > 0) for i in range(64)]),
+        _case("model", [530 + i for i in range(16)], 16, (16, 8, 64), shared=[0, *[32] * 15]),
+        _case("model", [530 + i for i in range(16)], 16, (16, 4, 256), shared=[0, *[32] * 15]),
+        _case("model", [512, 700, 300], 16, (14, 2, 64), [512, 200, 300]),
+        _case("model", [512, 700, 300], 16, (12, 2, 128), [512, 200, 300]),
+        _case("model", [512, 700], 16, (8, 1, 256), [512, 200]),
     ]
 
 
@@ -271,50 +257,36 @@ def invalid() -> list[tuple[str, tuple]]:
     q, cache = torch.ones(2, 4, 8), torch.ones(5, 4, 2, 8)
     table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     lens = torch.tensor([3, 6], dtype=torch.int32)
+    own, long = torch.tensor([[0, 1]], dtype=torch.int32), table.repeat(1, 200)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     return [
-        ("heads that do not divide", (q[:, :3], cache, cache, table, lens, None, None)),
-        ("caches of two shapes", (q, cache, cache[:4], table, lens, None, None)),
-        ("two dtypes", (q, cache.double(), cache.double(), table, lens, None, None)),
-        ("int64 tables", (q, cache, cache, table.long(), lens, None, None)),
-        ("fewer contexts than tables", (q, cache, cache, table, lens[:1], None, None)),
-        ("queries without cu_seqlens_q", (q[:1], cache, cache, table, lens, None, None)),
-        ("a short cu_seqlens_q", (q, cache, cache, table, lens, lens, None)),
-        ("a context longer than its table", (q, cache, cache, table, lens + 3, None, None)),
-        ("an empty context", (q, cache, cache, table, lens - 3, None, None)),
+        ("heads that do not divide", (q[:, :3], cache, cache, table, lens, None, None, None)),
+        ("caches of two shapes", (q, cache, cache[:4], table, lens, None, None, None)),
+        ("two dtypes", (q, cache.double(), cache.double(), table, lens, None, None, None)),
+        ("int64 tables", (q, cache, cache, table.long(), lens, None, None, None)),
+        ("fewer contexts than tables", (q, cache, cache, table, lens[:1], None, None, None)),
+        ("queries without cu_seqlens_q", (q[:1], cache, cache, table, lens, None, None, None)),
+        ("a short cu_seqlens_q", (q, cache, cache, table, lens, lens, None, None)),
+        ("a context longer than its table", (q, cache, cache, table, lens + 3, None, None, None)),
+        ("an empty context", (q, cache, cache, table, lens - 3, None, None, None)),
+        ("groups of a prefill", (q, cache, cache, table, lens, starts, None, own)),
+        ("int64 groups", (q, cache, cache, table, lens, None, None, own.long())),
+        ("groups of too few pieces", (q, cache, cache, long, lens, None, None, own)),
+        ("a group of different blocks", (q, cache, cache, table, lens, None, None, own * 0)),
+        ("a group that begins at a later row", (q, cache, cache, table, lens, None, None, own + 1)),
     ]
 
 
-def _case_append(size: str, rows: int, blocks: int, block: int, kv_heads: int, width: int) -> Case:
-    def make(device: str, dtype: torch.dtype, seed: int) -> tuple:
-        generator = torch.Generator().manual_seed(seed)
-        k, v = torch.randn(2, rows, kv_heads, width, generator=generator).to(device, dtype)
-        slots = torch.randperm(blocks * block, generator=generator)[:rows].to(device)
-        return k, v, *_cache(blocks, block, kv_heads, width, device, dtype, generator), slots
-
-    return Case(f"{rows} rows {kv_heads} heads of {width}", size, make)
+def _pairs(q, context_lens, cu_seqlens_q) -> int:
+    """Pairs of a query and a position that it sees."""
+    if cu_seqlens_q is None:
+        return int(context_lens.sum())
+    counts = cu_seqlens_q.diff().long()
+    return int((counts * context_lens - counts * (counts - 1) // 2).sum())
 
 
-def cases_append() -> list[Case]:
-    return [
-        _case_append("tiny", 5, 3, 4, 2, 16),
-        _case_append("ragged", 101, 9, 16, 3, 20),
-        _case_append("model", 512, 1024, 16, 2, 128),
-    ]
-
-
-def invalid_append() -> list[tuple[str, tuple]]:
-    k, cache, slots = torch.ones(3, 2, 8), torch.ones(5, 4, 2, 8), torch.arange(3)
-    return [
-        ("other heads than the cache", (k[:, :1], k[:, :1], cache, cache, slots)),
-        ("another width", (k[..., :4], k[..., :4], cache, cache, slots)),
-        ("int32 slots", (k, k, cache, cache, slots.int())),
-        ("a cache with gaps", (k, k, cache.transpose(0, 1), cache.transpose(0, 1), slots)),
-        ("a slot past the cache", (k, k, cache, cache, slots + 18)),
-    ]
-
-
-def _key_rows(context_lens) -> int:
-    return int(context_lens.sum())
+def _positions(context_lens, groups) -> int:
+    return int(context_lens.sum()) if groups is None else positions_read(groups, context_lens)
 
 
 OP = register(
@@ -337,32 +309,12 @@ OP = register(
             torch.float32: Tolerance(1e-5, 2e-6, "float32 products over D and an average over up to 1k values"),
             torch.bfloat16: Tolerance(2**-7, 2**-6, "probabilities may be rounded to 8 bits before they meet v"),
         },
-        flops=lambda q, k_cache, v_cache, table, lens, *_: 4 * _key_rows(lens) * q.shape[1] * q.shape[2],
-        bytes=lambda q, k_cache, v_cache, table, lens, *_: (
-            q.element_size() * (2 * q.numel() + 2 * _key_rows(lens) * k_cache.shape[2] * q.shape[2])
+        flops=lambda q, k_cache, v_cache, table, lens, starts, *_: (
+            4 * _pairs(q, lens, starts) * q.shape[1] * q.shape[2]
         ),
-    )
-)
-OP_APPEND = register(
-    Op(
-        name="paged_append",
-        check=check_append,
-        reference=reference_append,
-        backends={
-            "cpu": Backend(_cpu_append, unavailable=native.cpu_unavailable, supports=_cpu_append_supports),
-            "cuda": Backend(_cuda_append, unavailable=native.cuda_unavailable, supports=_cuda_append_supports),
-            "triton": Backend(
-                paged_attention_triton.append,
-                unavailable=triton_unavailable,
-                supports=paged_attention_triton.supports_append,
-            ),
-        },
-        cases=cases_append,
-        invalid=invalid_append,
-        mutates=(2, 3),
-        tolerances={dtype: Tolerance(0, 0, "a copy: exact") for dtype in (torch.float32, torch.bfloat16)},
-        flops=lambda *_: 0,
-        bytes=lambda k, *_: 4 * k.numel() * k.element_size(),
+        bytes=lambda q, k_cache, v_cache, table, lens, starts, scale, groups: (
+            q.element_size() * (2 * q.numel() + 2 * _positions(lens, groups) * k_cache.shape[2] * q.shape[2])
+        ),
     )
 )
 
@@ -375,6 +327,7 @@ def paged_attention(
     context_lens: Tensor,
     cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
+    groups: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -383,25 +336,13 @@ def paged_attention(
     q: float [T, Hq, D]. k_cache, v_cache: float [N, bs, Hkv, D], q's dtype, the new tokens already appended.
     block_tables: int32 [S, M]; entries past a context are ignored and may be anything. context_lens: int32 [S], >= 1,
     the new tokens included. cu_seqlens_q: int32 [S+1] or None; None means one query a sequence (T == S). scale:
-    D ** -0.5 where None.
+    D ** -0.5 where None. groups: int32 [P, S] of decode steps, P the pieces of PIECE positions that a table holds, or
+    None: the rows from groups[p, s] to s have the same blocks in piece p (`paged_groups.find_groups`).
     Returns [T, Hq, D] in q's dtype.
-    Raises ValueError on shapes, dtypes or devices that do not fit, or a context longer than its table.
-    The kernels on a GPU do not make the host wait for their verdict on contexts and tables: they read nothing outside
-    the cache and give NaN for such a sequence.
+    Raises ValueError on shapes, dtypes or devices that do not fit, a context longer than its table, or groups of rows
+    that do not have the same blocks.
+    The kernels on a GPU do not make the host wait for their verdict on contexts, tables and groups: they read nothing
+    outside the cache and give NaN for a sequence that would.
     """
     with torch.no_grad():
-        return OP(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, backend=backend)
-
-
-def paged_append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, backend: str | None = None
-) -> None:
-    """Write new keys and values into the cache, in place.
-
-    k, v: float [T, Hkv, D]. k_cache, v_cache: float [N, bs, Hkv, D], contiguous, of the same dtype. slot_mapping: int64
-    [T], distinct: block * bs + offset of each token.
-    Raises ValueError on shapes, dtypes or devices that do not fit, or a slot outside the cache. (On a GPU
-    such a token is left out and nothing is said, as the host would have to wait to hear of it.)
-    """
-    with torch.no_grad():
-        OP_APPEND(k, v, k_cache, v_cache, slot_mapping, backend=backend)
+        return OP(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups, backend=backend)

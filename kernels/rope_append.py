@@ -17,7 +17,8 @@ from torch import Tensor
 
 from r1fast_kernels import native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
-from r1fast_kernels.paged_attention import check_append, reference_append
+from r1fast_kernels.paged_append import check as check_append
+from r1fast_kernels.paged_append import reference as reference_append
 from r1fast_kernels.rms_norm import reference as reference_norm
 from r1fast_kernels.rope import check as check_rope
 from r1fast_kernels.rope import reference as reference_rope
@@ -91,8 +92,7 @@ def _place(
     q_out, k_cache, v_cache, rows, table_rows, slots, q_heads, kv_heads, half, q_parts,
     NORM: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens x HEADS heads a program: the first q_parts of the second axis are q's heads, the others k's and v's.
-    """
+    """ROWS tokens x HEADS heads a program: the first q_parts of the second axis are q's heads, the others k's and v's."""
     flat = tl.program_id(0) * ROWS * HEADS + tl.arange(0, ROWS * HEADS)
     row = (flat // HEADS).to(tl.int64)
     inside = row < rows

@@ -99,7 +99,7 @@ def test_the_host_is_asked_once_in_so_many_steps(model, monkeypatch):
 def test_rows_are_sent_again_only_after_a_change(model, monkeypatch):
     loads = []
     whole = graphs.DeviceRows.load
-    monkeypatch.setattr(graphs.DeviceRows, "load", lambda self, batch: loads.append(1) or whole(self, batch))
+    monkeypatch.setattr(graphs.DeviceRows, "load", lambda self, *batch: loads.append(1) or whole(self, *batch))
     Sampler(model, block_size=64, engine=GraphEngine(model, 4)).sample([[1, 2]], SamplingParams(max_tokens=41))
     assert len(loads) == 1
 
@@ -139,12 +139,12 @@ def test_graphs_are_captured_once_and_see_new_weights(model):
 def test_a_step_that_asks_the_host_is_run_without_a_graph(model, monkeypatch, caplog):
     """As capture would fail, here by a stand-in for a cache on a GPU; the reason is in the log."""
     engine = GraphEngine(model, 4)
-    engine._rows = graphs.DeviceRows(2, 2, 1, 4, torch.device("cpu"))
+    engine._rows = graphs.DeviceRows(2, 2, 1, 4, 4, torch.device("cpu"))
     engine._kv = SimpleNamespace(keys=SimpleNamespace(device=torch.device("cuda")))
 
     def capture(shape):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(engine, "_capture", capture)
-    assert engine._graph((2, 2, False)) is None and "not permitted" in caplog.text
-    assert engine._graphs == {(2, 2, False): None}
+    assert engine._graph((2, 2, False, False)) is None and "not permitted" in caplog.text
+    assert engine._graphs == {(2, 2, False, False): None}

@@ -273,7 +273,7 @@ once = pytest.mark.skipif(interpreted(), reason="this is the child process")
 @once
 @pytest.mark.skipif(bool(interpreter_unavailable()), reason=str(interpreter_unavailable()))
 def test_triton_kernels_under_the_interpreter(clean_environment):
-    files = [__file__, str(Path(__file__).with_name("test_paged.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in ("paged", "paged_groups"))]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "triton-cpu"]
     environment = {**clean_environment, "TRITON_INTERPRET": "1"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)

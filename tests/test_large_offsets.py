@@ -143,6 +143,6 @@ def test_blocks_beyond_are_written_and_read(backend: str):
         append(k, v, *caches, slots, backend=backend)
         table = torch.arange(first, first + blocks, device=DEVICE, dtype=torch.int32)[None]
         lens = torch.tensor([context], device=DEVICE, dtype=torch.int32)
-        results.append(attend(q, *caches, table, lens, None, None, backend=backend))
+        results.append(attend(q, *caches, table, lens, None, None, None, backend=backend))
     assert caches[0][2:5].flatten(0, 1)[:context].equal(k) and caches[1][-3:].flatten(0, 1)[:context].equal(v)
     assert results[0].abs().sum() > 0 and torch.equal(*results)

@@ -180,7 +180,7 @@ class Decoder(nn.Module):
             cache = (keys[index], values[index])
             norms = (layer.q_norm, layer.k_norm, layer.eps)
             q = rope_append(q, k, v, cos, sin, step.positions, *cache, step.slots, *norms)
-            return paged_attention(q, *cache, tables, step.context_lens, step.cu_seqlens_q)
+            return paged_attention(q, *cache, tables, step.context_lens, step.cu_seqlens_q, groups=step.groups)
 
         return self._run(step.tokens, attend)
 

@@ -30,6 +30,7 @@ class PagedStep:
     block_tables: Tensor  # int32 [S, M], the blocks of each sequence in order; past its context anything, -1 too
     context_lens: Tensor  # int32 [S], tokens of each sequence after this step, the new ones included
     cu_seqlens_q: Tensor | None = None  # int32 [S+1], the new tokens of each sequence; None: exactly one each
+    groups: Tensor | None = None  # int32 [P, S], which sequences have the same blocks where: see `paged_attention`
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,9 @@ the host looks (nano-vllm leaves the head, the draw and the block tables outside
 A row that has ended, or that only fills the step up to a size there is a graph for, goes through the motions in the
 cache's scratch block. Sizes: `BUCKETS` of rows, powers of two of table columns; each graph is captured when it is first
 needed, all in one memory pool, and stays right after weight updates, which happen in place.
+
+Samples of a prompt read its blocks together (`paged_attention`'s groups). Who shares what changes only when rows come
+and go, so the host finds the groups where it sends the rows, and a step with groups is a graph of its own.
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ from r1fast.model.paged import PagedKV, PagedStep
 from r1fast.rollout.batch import Drawn, RunningBatch
 from r1fast.rollout.engine import StepEngine, take_stops
 from r1fast_kernels import sample_token
+from r1fast_kernels.paged_groups import find_groups, pieces_of, worth_grouping
 
 BUCKETS = (1, 2, 4, 8, *range(16, 513, 16))  # beyond: multiples of 64
 _INT64 = ("token", "length", "drawn", "limit", "min_tokens", "seed", "key")  # of RunningBatch's arrays
 _FLOAT32 = ("temperature", "top_p")
+Shape = tuple[int, int, bool, bool]  # of a step: rows, columns, whether some wait, whether some share pieces
 
 log = logging.getLogger("r1fast.rollout")
 
@@ -45,11 +50,12 @@ def columns_for(blocks: int) -> int:
 class DeviceRows:
     """The rows of a batch on the model's device, and the step that moves them on.
 
-    rows: room for so many. columns: of their tables. stops: stop tokens of a row at most. steps: between two reads.
+    rows: room for so many. columns: of their tables, blocks of `block` positions. stops: stop tokens of a row at most.
+    steps: between two reads.
     """
 
-    def __init__(self, rows: int, columns: int, stops: int, steps: int, device: torch.device):
-        self.rows, self.columns, self.stops, self.steps = rows, columns, stops, steps
+    def __init__(self, rows: int, columns: int, stops: int, steps: int, block: int, device: torch.device):
+        self.rows, self.columns, self.stops, self.steps, self.block = rows, columns, stops, steps, block
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -59,19 +65,24 @@ class DeviceRows:
         self._top_k = zeros(rows, dtype=torch.int32)
         self._alive = zeros(rows, dtype=torch.bool)
         self._table = zeros(rows, columns, dtype=torch.int32)
+        self._groups = zeros(pieces_of(columns, block), rows, dtype=torch.int32)
         self._stop_ids = torch.full((rows, stops), -1, device=device, dtype=torch.int64)
         self._number = zeros(1, dtype=torch.int64)  # steps since the last read
         # What they drew, and in a last row how many: one copy brings both to the host.
         self._tokens = zeros(steps + 1, rows, dtype=torch.int64)
         self._logprobs = zeros(steps, 2, rows, dtype=torch.float32)  # of the distribution drawn from, and the whole one
 
-    def fits(self, rows: int, columns: int, stops: int, steps: int) -> bool:
+    def fits(self, rows: int, columns: int, stops: int, steps: int, block: int) -> bool:
         wanted = (rows, columns, stops, steps)
-        return all(map(int.__le__, wanted, (self.rows, self.columns, self.stops, self.steps)))
+        return self.block == block and all(map(int.__le__, wanted, (self.rows, self.columns, self.stops, self.steps)))
 
-    def load(self, batch: RunningBatch) -> None:
-        """The batch's rows as the host has them; all others are dead."""
+    def load(self, batch: RunningBatch, groups: Tensor | None) -> None:
+        """The batch's rows as the host has them; all others are dead. groups: of the batch's table, if a step with
+        groups is to follow."""
         self._load(batch.tensor, batch.table, torch.from_numpy(batch.stop_ids))
+        if groups is not None:
+            self._groups.copy_(torch.arange(self.rows))  # a row that only fills, and pieces nobody has: by themselves
+            self._groups[: len(groups), : groups.shape[1]] = groups.to(self._groups.device)
 
     def load_tried(
         self, batch: RunningBatch, row: NDArray[np.int64], offset: NDArray[np.int64], tokens: Tensor
@@ -98,10 +109,10 @@ class DeviceRows:
         """No row is alive: a step changes nothing but the scratch block. `load` brings them back."""
         self._alive.zero_()
 
-    def step(self, model: Decoder, kv: PagedKV, rows: int, columns: int, wait: bool) -> None:
+    def step(self, model: Decoder, kv: PagedKV, rows: int, columns: int, wait: bool, grouped: bool) -> None:
         """One token of the first `rows` rows that are alive, in place, by `columns` columns of their tables.
 
-        wait: some of them may not stop yet. The host is not asked for anything.
+        wait: some of them may not stop yet. grouped: they share pieces, as loaded. The host is not asked for anything.
         """
         row = dict(zip(_INT64, self._int64[:, :rows].unbind(0), strict=True))
         temperature, top_p = self._float32[:, :rows].unbind(0)
@@ -109,7 +120,8 @@ class DeviceRows:
         position = torch.where(alive, row["length"], 0)
         block = table.gather(1, (position // kv.block_size).unsqueeze(1)).squeeze(1)
         slot = torch.where(alive, block * kv.block_size + position % kv.block_size, kv.scratch_slot)
-        step = PagedStep(row["token"], position, slot, table, (position + 1).int())
+        groups = self._groups[: pieces_of(columns, kv.block_size), :rows] if grouped else None
+        step = PagedStep(row["token"], position, slot, table, (position + 1).int(), groups=groups)
         logits = model.logits(model.forward_paged(step, kv))
         correction = 0.0
         if wait:
@@ -153,13 +165,15 @@ class GraphEngine(StepEngine):
         self._forget()
 
     def _forget(self) -> None:
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph | None] = {}
         self._pool = self._held = None
         self._seen = -1
+        self._groups: tuple[int, Tensor | None] = -1, None
 
     def begin(self, kv: PagedKV, batch: RunningBatch) -> None:
         super().begin(kv, batch)
         self._seen = -1
+        self._groups = -1, None
 
     def release(self) -> None:
         super().release()
@@ -171,11 +185,12 @@ class GraphEngine(StepEngine):
         batch = self._batch
         left = int((batch.view["limit"] - batch.view["drawn"]).max())
         steps, size = min(ahead, left, self.ahead), batch.size
-        shape = bucket(size), columns_for(batch.table.shape[1]), batch.waiting(0) is not None
+        groups = self._find_groups()
+        shape = bucket(size), columns_for(batch.table.shape[1]), batch.waiting(0) is not None, groups is not None
         rows = self._room(*shape[:2])
         graph = self._graph(shape)
         if self._seen != batch.changes:
-            rows.load(batch)
+            rows.load(batch, groups)
             self._seen = batch.changes
         self._run(graph, steps, shape)
         drawn = rows.take(steps, size)
@@ -184,7 +199,7 @@ class GraphEngine(StepEngine):
 
     @torch.inference_mode()
     def draw_at(self, row: NDArray[np.int64], offset: NDArray[np.int64], tokens: NDArray[np.int64]) -> Drawn:
-        shape = bucket(len(row)), columns_for(self._batch.table.shape[1]), False
+        shape = bucket(len(row)), columns_for(self._batch.table.shape[1]), False, False
         rows = self._room(*shape[:2])
         graph = self._graph(shape)
         rows.load_tried(self._batch, row, offset, torch.from_numpy(tokens))
@@ -192,7 +207,15 @@ class GraphEngine(StepEngine):
         self._run(graph, 1, shape)
         return rows.take(1, len(row))
 
-    def _run(self, graph: torch.cuda.CUDAGraph | None, steps: int, shape: tuple[int, int, bool]) -> None:
+    def _find_groups(self) -> Tensor | None:
+        """Of the batch as it is, on the host; None where reading what its rows share once is not worth it."""
+        batch = self._batch
+        if self._groups[0] != batch.changes:
+            groups = find_groups(batch.table, batch.block_size)
+            self._groups = batch.changes, groups if worth_grouping(groups, batch.tensor["context"]) else None
+        return self._groups[1]
+
+    def _run(self, graph: torch.cuda.CUDAGraph | None, steps: int, shape: Shape) -> None:
         for _ in range(steps):
             if graph is None:
                 self._rows.step(self.model, self._kv, *shape)
@@ -203,13 +226,13 @@ class GraphEngine(StepEngine):
         """The rows on the device; new ones, and new graphs, where the old ones are too small or their cache is gone."""
         batch, device = self._batch, self._kv.keys.device
         stops = batch.stop_ids.shape[1]
-        if self._rows is None or not self._rows.fits(rows, columns, stops, self.ahead):
+        if self._rows is None or not self._rows.fits(rows, columns, stops, self.ahead, self._kv.block_size):
             old = self._rows
             room = (max(rows, bucket(batch.rows)), columns_for(batch.width), stops, self.ahead)
             if old is not None:
                 room = tuple(map(max, room, (old.rows, old.columns, old.stops, old.steps)))
             self._forget()
-            self._rows = DeviceRows(*room, device)
+            self._rows = DeviceRows(*room, self._kv.block_size, device)
         # What a graph reads at fixed addresses. The rotary tables are made at their full length first, and kept, so
         # that nobody replaces them under a graph.
         tables = self.model.rope_tables(max(self.model.config.max_positions, self._rows.columns * self._kv.block_size))
@@ -220,7 +243,7 @@ class GraphEngine(StepEngine):
             self._held = addresses, held
         return self._rows
 
-    def _graph(self, shape: tuple[int, int, bool]) -> torch.cuda.CUDAGraph | None:
+    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph | None:
         """The graph of one step of this shape, captured now where there is none yet; None: run it as it is."""
         if self._kv.keys.device.type != "cuda":
             return None
@@ -234,7 +257,7 @@ class GraphEngine(StepEngine):
                 self._graphs[shape] = None
         return self._graphs[shape]
 
-    def _capture(self, shape: tuple[int, int, bool]) -> torch.cuda.CUDAGraph:
+    def _capture(self, shape: Shape) -> torch.cuda.CUDAGraph:
         # Kernels are compiled and libraries set up by ordinary steps first, on a stream of their own as capture asks.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
