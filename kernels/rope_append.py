@@ -92,7 +92,8 @@ def _place(
     q_out, k_cache, v_cache, rows, table_rows, slots, q_heads, kv_heads, half, q_parts,
     NORM: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens x HEADS heads a program: the first q_parts of the second axis are q's heads, the others k's and v's."""
+    """ROWS tokens x HEADS heads a program: the first q_parts of the second axis are q's heads, the others k's and v's.
+    """
     flat = tl.program_id(0) * ROWS * HEADS + tl.arange(0, ROWS * HEADS)
     row = (flat // HEADS).to(tl.int64)
     inside = row < rows
