@@ -13,7 +13,8 @@ Groups. `groups` says which rows of a decode step have the same blocks in a piec
 finds them): a GPU then reads the piece once for all of them, with their queries and heads as the rows of one product,
 and each row goes through the pieces that it shares with nobody by itself. Pieces are merged in their order, whoever did
 them. What holds for the bits of a row: they depend neither on the rest of the batch nor on who else is in its groups,
-so a row that is left alone keeps them. With and without `groups` they may differ, as the products have other shapes.
+so a row that is left alone keeps them (by construction: the same products of the same shapes; no GPU has shown it
+yet). With and without `groups` they may differ, as the products have other shapes.
 The C++ backend of the CPU finds rows that share blocks by itself, needs no `groups`, and has the same bits either way.
 
 The Triton kernels are in paged_attention_triton.py.

@@ -241,7 +241,8 @@ class LookAhead(StepEngine):
                 *map(torch.from_numpy, (token, place, slots)), batch.table, torch.from_numpy(place + 1).int()
             )
             some = torch.from_numpy(alive.nonzero()[0])
-            step = replace(step, **{n: getattr(step, n)[some] for n in step.__slots__ if n not in ("cu_seqlens_q", "groups")})
+            fields = (n for n in step.__slots__ if n not in ("cu_seqlens_q", "groups"))
+            step = replace(step, **{n: getattr(step, n)[some] for n in fields})
             logits = self.model.logits(self.model.forward_paged(step, self._kv))
             seed, key, _, *rest = (x[some] for x in batch.noise(0))
             drawn = [x.numpy() for x in sample_token(logits, seed, key, step.positions + 1, *rest)]
