@@ -207,7 +207,7 @@ def test_the_kernels_compiled_for_the_cpu(tmp_path, clean_environment):
         pytest.skip("no C++ compiler")
     environment = {**clean_environment, "R1FAST_EMULATED_CUDA": str(tmp_path), "PYTHONPATH": str(TESTS)}
     plugin = ["-p", "emulated_cuda.plugin", "-p", "no:cacheprovider"]
-    files = [str(TESTS / f"test_{name}.py") for name in ("kernels", "paged", "paged_groups", "large_offsets")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("kernels", "paged", "large_offsets")]
     select = "cuda-cpu or (test_large_offsets and cuda) or (test_cuda and not compiled)"
     command = [sys.executable, "-m", "pytest", *plugin, *files, __file__, "-k", select]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)

@@ -1,8 +1,7 @@
-"""Rows that read a piece of the cache together, and prefill, on the backends of a GPU: bits, edges, bad data, and the
-sampler on top of them.
+"""Rows that read a piece of the cache together, and prefill, on the GPU backends that have it: bits, edges, bad data,
+and the sampler on top of them.
 
-tests/test_kernels.py runs this file under Triton's interpreter, tests/test_cuda.py with the CUDA kernels compiled for
-the CPU; on a GPU the same tests run on it.
+tests/test_kernels.py runs this file under Triton's interpreter; on a GPU the same tests run on it.
 """
 
 import pytest
@@ -14,14 +13,12 @@ from r1fast.rollout import graphs
 from r1fast.rollout.graphs import GraphEngine
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast_kernels import OPS, paged_attention
-from r1fast_kernels.op import LIVES_ON
 from r1fast_kernels.paged_groups import find_groups, pieces_of, positions_read, worth_grouping
 from r1fast_kernels.triton_support import interpreted
 
-RUNS_ON = {**LIVES_ON, "triton": "cpu" if interpreted() else "cuda"}
-HERE = [name for name in ("cuda", "triton") if OPS["paged_attention"].reason(name) is None]
+RUNS_ON = {"triton": "cpu" if interpreted() else "cuda"}
+HERE = [name for name in RUNS_ON if OPS["paged_attention"].reason(name) is None]
 each_backend = pytest.mark.parametrize("backend", [pytest.param(b, id=f"{b}-{RUNS_ON[b]}") for b in HERE])
-prefills = pytest.mark.parametrize("backend", [pytest.param(b, id=f"{b}-{RUNS_ON[b]}") for b in HERE if b == "triton"])
 
 
 def grouped_batch(backend, contexts, shared, block=16, heads=4, kv_heads=2, width=16, dtype=torch.float32):
@@ -36,7 +33,6 @@ def grouped_batch(backend, contexts, shared, block=16, heads=4, kv_heads=2, widt
         blocks += used - same
     q = torch.randn(len(contexts), heads, width, generator=generator)
     k, v = torch.randn(2, blocks, block, kv_heads, width, generator=generator)
-    table = table[:, : max(1, table.shape[1])]
     args = (q.to(dtype), k.to(dtype), v.to(dtype), table, torch.tensor(contexts, dtype=torch.int32))
     return [a.to(RUNS_ON[backend]) for a in args]
 
@@ -173,7 +169,7 @@ def prefill_batch(backend, contexts, queries, block=16, heads=4, kv_heads=2, wid
     return q, k, v, table, lens, torch.tensor([0, *queries]).cumsum(0).int().to(k.device)
 
 
-@prefills
+@each_backend
 @pytest.mark.parametrize(
     ("contexts", "queries", "heads", "kv_heads", "block"),
     [
@@ -189,7 +185,7 @@ def test_prefill_at_every_edge(backend, contexts, queries, heads, kv_heads, bloc
     close(paged_attention(*args, backend=backend), expected(args))
 
 
-@prefills
+@each_backend
 @pytest.mark.parametrize("width", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_prefill_of_every_head_size(backend, width, dtype):
@@ -198,7 +194,7 @@ def test_prefill_of_every_head_size(backend, width, dtype):
     close(found, expected(args, 0.1), 4e-6 if dtype is torch.float32 else 2**-10)
 
 
-@prefills
+@each_backend
 def test_a_prompt_has_the_same_bits_in_chunks_and_beside_others(backend, products_by_row):
     q, k, v, table, lens, starts = prefill_batch(backend, [90, 61], [90, 61])
     whole = paged_attention(q, k, v, table, lens, starts, backend=backend)
@@ -210,7 +206,7 @@ def test_a_prompt_has_the_same_bits_in_chunks_and_beside_others(backend, product
     assert torch.equal(torch.cat(done), whole[:90])
 
 
-@prefills
+@each_backend
 def test_prefill_reads_nothing_outside_of_the_cache(backend):
     """Those who see a block that does not exist are NaN, those before it are not; so is a context that cannot be."""
     args = prefill_batch(backend, [50, 40, 30, 20], [50, 40, 10, 20])
@@ -256,7 +252,7 @@ def draw(model, **how):
     return groups
 
 
-@prefills
+@each_backend
 def test_the_sampler_draws_the_same_with_and_without_groups(backend, model, monkeypatch):
     """5 rows in a bucket of 8, so that three only fill; then 3 of which two share, in one of 4."""
     right = draw(model)

@@ -129,7 +129,7 @@ class Works:
                     f"paged_attention {name}, {rows} contexts of {context}",
                     "paged_attention",
                     lambda c=c, context=context: (
-                        self.normal(rows, c.heads, c.head_dim), *self.cache(context, c), None, None,
+                        self.normal(rows, c.heads, c.head_dim), *self.cache(context, c), None, None, None,
                     ),
                     2 * rows * (context * c.kv_heads * c.head_dim + width) * self.bytes,
                     4 * rows * context * width,
