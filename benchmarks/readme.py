@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import exact, gpu_results, kernels_vs_peers, sampling, snapshots
+from benchmarks import exact, gpu_results, kernels_vs_peers, sampling, scaling, snapshots
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +72,12 @@ def sampling_part() -> str:
     return "\n\n".join(map(sampling.table, found)) + (picture if any(one["curves"] for one in found) else "")
 
 
+def scaling_part() -> str:
+    """What benchmarks.scaling measured."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-scaling.json")))
+    return "\n\n".join(map(scaling.measured_table, found))
+
+
 PARTS = {
     "tiny": tiny_part,
     "sampling": sampling_part,
@@ -79,8 +85,10 @@ PARTS = {
     "exact": exact_part,
     "gpu": gpu_results.page_part,
     "snapshots": snapshots_part,
+    "scaling": scaling_part,
+    "predicted": scaling.predicted_table,
 }
-PAGE_NAMES = ("kernels", "sampling", "gpu", "reliability")
+PAGE_NAMES = ("kernels", "sampling", "gpu", "reliability", "scaling")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES))
 
 

@@ -8,6 +8,7 @@ from random import Random
 
 import torch
 
+from benchmarks.scaling_model import Counted
 from r1fast.learn.learner import Learner
 from r1fast.model.decoder import Decoder, DecoderConfig
 from r1fast.model.sharding import gathered, shard, whole
@@ -18,8 +19,10 @@ from r1fast.stages.saving import Saver
 from r1fast.stages.steps import PolicyState
 from r1fast.types import Prompt, Rollout, RolloutGroup
 
+COUNTED: list = []  # bytes of each step's collectives, by kind
 AFTER_ONE: dict = {}  # state after the first step of the last `train`, whole
 SIZES = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 4, "kv_heads": 2}
+CONFIG = DecoderConfig(head_dim=4, **SIZES)
 
 
 def train(
@@ -34,7 +37,7 @@ def train(
 
     saved: what `AFTER_ONE` held after the first step, or found: the folder of a snapshot of it; the other two are then
     done. within: see `shard`. written: where such a snapshot is written, beside the second step."""
-    model = Decoder(DecoderConfig(head_dim=4, **SIZES), dtype=torch.float64).initialize(3)
+    model = Decoder(CONFIG, dtype=torch.float64).initialize(3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         model.head.copy_(torch.randn(model.head.shape, generator=generator))
@@ -59,14 +62,16 @@ def train(
         if step == 0 and (saved is not None or found is not None):
             [group(draw, "") for _ in range(6)]
             continue
-        update = learner.train_policy(
-            [group(draw, f"{step} {i}") for i in range(6)],
-            settings,
-            reference=reference,
-            mini_batches=2,
-            micro_batch_tokens=40,
-            random=Random(step),
-        )
+        with Counted() as counted:
+            update = learner.train_policy(
+                [group(draw, f"{step} {i}") for i in range(6)],
+                settings,
+                reference=reference,
+                mini_batches=2,
+                micro_batch_tokens=40,
+                random=Random(step),
+            )
+        COUNTED.append(dict(counted.bytes))
         losses += [one.loss for one in update.steps]
         if step == 0:
             AFTER_ONE.update(copy.deepcopy(whole(state())))

@@ -78,7 +78,9 @@ TWO = """
 import learning
 from pathlib import Path
 kl, saved, folder = arguments
+learning.COUNTED.clear()
 result = {"plain": learning.train(kl), "sharded": learning.train(kl, sharded=True, written=Path(folder))}
+result["counted"] = list(learning.COUNTED)
 result["its state"] = dict(learning.AFTER_ONE)
 result["resumed"] = learning.train(kl, sharded=True, saved=saved)
 """
@@ -88,7 +90,9 @@ from pathlib import Path
 kl, folder = arguments
 found = Path(folder) / "step-00000001"
 result = {"plain": learning.train({"kl_coef": 0.0})}
+learning.COUNTED.clear()
 result["2 x 2"] = learning.train(kl, sharded=True, within=2, written=Path(folder) / "of 2 x 2")
+result["counted"] = list(learning.COUNTED)
 result["resumed"] = learning.train(kl, sharded=True, found=found)
 result["resumed 2 x 2"] = learning.train(kl, sharded=True, within=2, found=found)
 """
@@ -109,11 +113,18 @@ def test_ranks_give_the_losses_and_weights_of_one(tmp_path):
     with: the shards of two on one and on four, what one saved on two, and those of two replicas of two on one."""
     import learning
 
+    from benchmarks.scaling_model import Layout, gather_bytes, gathers, reduce_bytes, shapes
     from r1fast import snapshot
 
     one = learning.train(KL)
+    times = gathers(updates=2, kl=True, recomputed=True) - 1  # nothing is sampled; in steps of fresh groups
     assert len({round(loss, 6) for loss in one[0]}) > 1
+    weights = shapes(learning.CONFIG)
     for found in run_ranks(2, TWO, KL, dict(learning.AFTER_ONE), str(tmp_path)):
+        plain, shared = found["counted"][:3], found["counted"][3:]
+        assert [one["added"] for one in plain] == [2 * reduce_bytes(weights, Layout(2), 8)[1]] * 3
+        assert shared[0]["gathered"] == gather_bytes(weights, Layout(1, 2), 8) * times
+        assert [one["scattered"] for one in shared] == [2 * reduce_bytes(weights, Layout(1, 2), 8)[0]] * 3
         same(found["plain"], one)
         same(found["sharded"], one)
         same(found["resumed"], one, skipped=2)
@@ -125,7 +136,11 @@ def test_ranks_give_the_losses_and_weights_of_one(tmp_path):
     assert sizes[2] < 20_000 < min(sizes[:2])  # no rank wrote the whole
     same(learning.train(KL, found=shards.path), one, skipped=2)
     no_kl = learning.train({"kl_coef": 0.0})
+    within, between = reduce_bytes(weights, Layout(2, 2), 8)
     for found in run_ranks(4, FOUR, KL, str(tmp_path)):
+        assert found["counted"][0]["gathered"] == gather_bytes(weights, Layout(2, 2), 8) * times
+        for step in found["counted"]:
+            assert (step["scattered"], step["added"]) == (2 * within, 2 * between)
         same(found["plain"], no_kl)
         same(found["2 x 2"], one)
         same(found["resumed"], one, skipped=2)
