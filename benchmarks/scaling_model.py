@@ -57,8 +57,8 @@ def reduce_bytes(weights: Shapes, layout: Layout, width: int) -> tuple[float, fl
 
 
 def gathers(updates: int, kl: bool, recomputed: bool) -> int:
-    """Times a step's weights are gathered where they are sharded: once to sample, once for each optimizer step, as often
-    those of the reference, once where old log-probs are recomputed."""
+    """Times a step's weights are gathered where they are sharded: once to sample, once for each optimizer step, those
+    of the reference as often, once where old log-probs are recomputed."""
     return 1 + updates * (1 + kl) + recomputed
 
 
