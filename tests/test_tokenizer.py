@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -33,6 +35,7 @@ COMPLETIONS = [
     "5",
     "two  spaces inside and one last ",
 ]
+from r1fast.model.weights import load_tokenizer
 
 
 def byte_level(**special):
@@ -217,3 +220,12 @@ def test_templates_and_ends_that_are_not_there():
     assert eos_token_ids(tokenizer, (4, 4, 2)) == (4, 2)
     assert eos_token_ids(byte_level(), (4, 2)) == (2, 4)
     assert eos_token_ids(None) == ()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_tokenizer_of_ones_own_is_read_as_saved_whatever_the_model(tmp_path, architecture):
+    """AutoTokenizer would take a Qwen2 model's for Qwen2's, in which no word of ours is known."""
+    tokenizer = build_word_tokenizer(["tom", "has", "3"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
+    assert load_tokenizer(tmp_path).encode("tom has 3") == tokenizer.encode("tom has 3") == [5, 6, 7]

@@ -83,12 +83,24 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     folder = Path(path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    from transformers import AutoTokenizer  # seconds of import that a run from scratch does not need
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds of import; a run from scratch needs none
 
     try:
+        # By its own tokenizer.json where that is what was saved. AutoTokenizer takes a Qwen2 model's for Qwen2's own,
+        # whatever it is (transformers 5.24), and then every word is unknown.
+        if _saved_as(folder) in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: its tokenizer cannot be read: {error}") from error
+
+
+def _saved_as(folder: Path) -> str | None:
+    """The class that a tokenizer's configuration names."""
+    if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
+        return None
+    saved = _read_json(folder / "tokenizer_config.json")
+    return saved.get("tokenizer_class") if isinstance(saved, dict) else None
 
 
 def read_config(folder: Path) -> DecoderConfig:
