@@ -18,6 +18,7 @@ from r1fast.model.tokenizer import (
     set_template,
     template_text,
 )
+from r1fast.model.weights import load_tokenizer
 
 TEXT = "<think> </think> <answer> </answer> Tom has eggs how many ? . 18 3 15 - = mon 鸡蛋 有"
 WORDS = TEXT.split()
@@ -35,7 +36,6 @@ COMPLETIONS = [
     "5",
     "two  spaces inside and one last ",
 ]
-from r1fast.model.weights import load_tokenizer
 
 
 def byte_level(**special):
