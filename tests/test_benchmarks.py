@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -413,10 +414,12 @@ def test_a_benchmark_is_a_task_of_a_recipe(checkpoint, tmp_path):
         run(RecipeConfig.model_validate(recipe), tmp_path / "again", progress=Silent())
 
 
-def test_a_verifier_that_cannot_run_here_is_told_before_the_model_is_read(tmp_path, capsys, monkeypatch):
+def test_a_verifier_that_cannot_run_here_is_told_before_the_model_is_read(tmp_path, capsys, monkeypatch, checkpoint):
     monkeypatch.setattr(type(rewards.get("code")), "why_not", lambda self: "there is no bubblewrap; install it")
     path = written(tmp_path / "rows.jsonl", [ROWS["humaneval"]])
-    assert main([str(tmp_path / "gone"), "--task", "humaneval", "--data", str(path)]) == 2
+    (tmp_path / "no weights").mkdir()
+    shutil.copy(Path(checkpoint) / "config.json", tmp_path / "no weights")
+    assert main([str(tmp_path / "no weights"), "--task", "humaneval", "--data", str(path)]) == 2
     assert "judged by the reward 'code': there is no bubblewrap" in capsys.readouterr().err
 
 
