@@ -236,11 +236,11 @@ def picture(results: dict, path: Path) -> None:
     figure, axes = plt.subplots(len(sizes), 2, figsize=(9, 3.2 * len(sizes)), sharex=True, sharey="row", squeeze=False)
     for (row, size), (column, shared) in product(enumerate(sizes), enumerate((True, False))):
         axis = axes[row][column]
-        for batch in BATCHES:
+        for color, batch in enumerate(BATCHES):  # the same on both sides, though the left has no line of one sequence
             points = [p for p in results["curves"] if (p["model"], p["shared"], p["batch"]) == (size, shared, batch)]
             if points:
                 line = ([p["context"] for p in points], [p["tokens_per_s"] for p in points])
-                axis.loglog(*line, marker="o", label=f"{batch} sequences", base=2)
+                axis.loglog(*line, marker="o", label=f"{batch} sequences", color=f"C{color}", base=2)
         axis.set_yscale("log", base=10)
         axis.set_title(f"{size}: {'one prompt for all' if shared else 'a prompt each'}")
         axis.set_xlabel("context, tokens")
