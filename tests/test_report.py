@@ -72,12 +72,14 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run"), completion=ATTACK)
+    run = write_run(tmp_path_factory.mktemp("run"), completion=ATTACK)
+    write_report(run)  # here, so that no test waits for another one to write it
+    return run
 
 
 @pytest.fixture(scope="module")
 def page(run_dir) -> Page:
-    return Page(write_report(run_dir).read_text(encoding="utf-8"))
+    return Page((run_dir / "report.html").read_text(encoding="utf-8"))
 
 
 # -- the page -------------------------------------------------------------------------------------------------------
