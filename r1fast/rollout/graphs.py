@@ -269,7 +269,8 @@ class GraphEngine(StepEngine):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # A learner beside the sampler (overlap=always) may allocate meanwhile; the default mode, `global`, forbids it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._rows.step(self.model, self._kv, *shape)
         self._rows.take(1, 1)
         return graph
