@@ -54,13 +54,15 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("paged_attention_splits", &r1_cuda_paged_attention_splits);
   m.def("paged_attention", [](Address q, int64_t q_stride, Address keys, Address values, int type, Address tables,
-                              int64_t table_stride, Address contexts, Address out, Address partial, int64_t sequences,
-                              int64_t heads, int64_t kv_heads, int64_t width, int64_t blocks, int64_t block,
-                              int64_t columns, float scale, Address stream) {
+                              int64_t table_stride, Address contexts, Address groups, int64_t groups_stride,
+                              Address out, Address partial, int64_t sequences, int64_t heads, int64_t kv_heads,
+                              int64_t width, int64_t blocks, int64_t block, int64_t columns, float scale,
+                              Address stream) {
     raise_on(r1_cuda_paged_attention(at<const void>(q), q_stride, at<const void>(keys), at<const void>(values), type,
                                      at<const int32_t>(tables), table_stride, at<const int32_t>(contexts),
-                                     at<void>(out), at<float>(partial), sequences, heads, kv_heads, width, blocks,
-                                     block, columns, scale, at<void>(stream)),
+                                     at<const int32_t>(groups), groups_stride, at<void>(out), at<float>(partial),
+                                     sequences, heads, kv_heads, width, blocks, block, columns, scale,
+                                     at<void>(stream)),
              "paged_attention");
   });
   m.def("paged_append", [](Address k, int64_t k_stride, Address v, int64_t v_stride, Address keys, Address values,

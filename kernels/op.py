@@ -69,7 +69,7 @@ class Backend:
     unavailable: Callable[[], str | None] = _always  # -> the reason it cannot run here, or None
     supports: Callable[..., str | None] = _always  # (*args) -> the reason it cannot take these arguments, or None
     slower: Callable[..., str | None] = (
-        _always  # (*args) -> why it is only for who asks for it by name: measured slower
+        _always  # (*args) -> why it is only for who asks for it by name: slower, as measured or as what it reads says
     )
 
 

@@ -11,13 +11,16 @@ slots not yet written (allocate it with zeros).
 
 Groups. `groups` says which rows of a decode step have the same blocks in a piece of `PIECE` positions (paged_groups.py
 finds them): a GPU then reads the piece once for all of them, with their queries and heads as the rows of one product,
-and each row goes through the pieces that it shares with nobody by itself. Pieces are merged in their order, whoever did
-them. What holds for the bits of a row: they depend neither on the rest of the batch nor on who else is in its groups,
-so a row that is left alone keeps them (by construction: the same products of the same shapes; no GPU has shown it
-yet). With and without `groups` they may differ, as the products have other shapes.
+and each row goes through the pieces that it shares with nobody by itself. A product has up to 128 rows in CUDA C++, and
+64 of heads wider than 128; in Triton 64 and 32; a group of more reads the piece again. In float32 CUDA C++ takes each
+row by itself, groups or not. Pieces are merged in their order, whoever did them.
+What holds for the bits of a row: they depend neither on the rest of the batch nor on who else is in its groups, so a
+row that is left alone keeps them (by construction: the same products of the same shapes; no GPU has shown it yet). With
+and without `groups` they may differ, as the products have other shapes.
 The C++ backend of the CPU finds rows that share blocks by itself, needs no `groups`, and has the same bits either way.
 
-The Triton kernels are in paged_attention_triton.py.
+The Triton kernels are in paged_attention_triton.py, those in CUDA C++ in csrc/cuda/paged_attention.cu (rows alone) and
+csrc/cuda/paged_attention_groups.cu.
 """
 
 from __future__ import annotations
@@ -166,14 +169,22 @@ LONGEST_TABLE = 1 << 24  # positions: splits of 256 lie along a dimension of the
 def _cuda_supports(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> str | None:
     if q.dtype not in native.ELEMENT_TYPES:
         return f"it has no {q.dtype}"
-    if cu_seqlens_q is not None or groups is not None:
-        return "it decodes, one query a sequence and each by itself"
+    if cu_seqlens_q is not None:
+        return "it decodes, one query a sequence"
     if q.shape[2] % 8 or q.shape[2] > WIDEST_HEAD:
         return f"its head sizes are multiples of 8 up to {WIDEST_HEAD}, and here it is {q.shape[2]}"
     if not 0 < block_tables.shape[1] * k_cache.shape[1] <= LONGEST_TABLE or not k_cache.numel():
         return f"its tables hold 1 to {LONGEST_TABLE} positions, and its cache is not empty"
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()) or k_cache.data_ptr() % 16 or v_cache.data_ptr() % 16:
         return "the caches are not contiguous, or do not begin at a multiple of 16 bytes"
+    return None
+
+
+def _cuda_slower(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, groups) -> str | None:
+    """Its tensor cores take 16-bit factors; float32 ones as three products of TF32 would want tiles of their own, for
+    a type that no preset decodes in on a GPU."""
+    if groups is not None and q.dtype == torch.float32:
+        return "in float32 each row of a group reads its pieces by itself"
     return None
 
 
@@ -186,7 +197,8 @@ def _cuda_forward(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q,
     splits = native.cuda().paged_attention_splits(table.shape[1], block)
     partial = lens.new_empty(rows * splits * heads * (width + 2) if splits > 1 else 0, dtype=torch.float32)
     cache = (k_cache.data_ptr(), v_cache.data_ptr(), native.ELEMENT_TYPES[q.dtype])
-    tables = (table.data_ptr(), table.stride(0), lens.data_ptr())
+    together = (0, 0) if groups is None else (groups.data_ptr(), groups.stride(0))
+    tables = (table.data_ptr(), table.stride(0), lens.data_ptr(), *together)
     sizes = (rows, heads, kv_heads, width, blocks, block, table.shape[1], scale or width**-0.5)
     results = (out.data_ptr(), partial.data_ptr())
     native.launch(q.device, "paged_attention", q.data_ptr(), q.stride(0), *cache, *tables, *results, *sizes)
@@ -297,7 +309,9 @@ OP = register(
         reference=reference,
         backends={
             "cpu": Backend(_cpu_forward, unavailable=native.cpu_unavailable, supports=_cpu_supports),
-            "cuda": Backend(_cuda_forward, unavailable=native.cuda_unavailable, supports=_cuda_supports),
+            "cuda": Backend(
+                _cuda_forward, unavailable=native.cuda_unavailable, supports=_cuda_supports, slower=_cuda_slower
+            ),
             "triton": Backend(
                 paged_attention_triton.forward,
                 unavailable=triton_unavailable,

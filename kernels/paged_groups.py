@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PIECE = 256  # positions; csrc/cuda/paged_attention.cu has the same number
-# What grouping costs: its tiles have 64 query rows where 16 would do for a row that is alone, 64 FLOP per byte of a
-# 16-bit cache against the 180 that an H100's tensor cores do while one arrives; so a row alone stays bound by memory,
-# with half of the margin gone. What it saves is one read of the piece's keys and values (PIECE * heads * width * 4
-# bytes) for each row that joins another; its sums are written and read in either case. So nothing shorter than a
-# piece (16 blocks of 16) is shared, and an eighth of the reads must be saved to be sure of a gain. A model of the
-# bytes: no GPU has measured it yet.
+PIECE = 256  # positions; csrc/cuda/paged_attention.h has the same number
+# What grouping costs: Triton's tiles have 64 query rows where 16 would do for a row that is alone, 64 FLOP per byte of
+# a 16-bit cache against the 180 that an H100's tensor cores do while one arrives; so a row alone stays bound by memory,
+# with half of the margin gone. (Those of CUDA C++ have as many rows as there are, by 16.) What it saves is one read of
+# the piece's keys and values (PIECE * heads * width * 4 bytes) for each row that joins another; its sums are written
+# and read in either case. So nothing shorter than a piece (16 blocks of 16) is shared, and an eighth of the reads must
+# be saved to be sure of a gain. A model of the bytes: no GPU has measured it yet.
 LEAST_SAVED = 1 / 8
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1fast_kernels import grpo_loss, native, paged_append, paged_attention, sample_token
+from r1fast_kernels import OPS, grpo_loss, native, paged_append, paged_attention, sample_token
 from r1fast_kernels.op import LIVES_ON
+from r1fast_kernels.paged_groups import find_groups
 from r1fast_kernels.sample_token import reference as sample_reference
 from r1fast_kernels.triton_support import triton
 
@@ -81,6 +82,62 @@ def test_nothing_outside_the_cache_is_read(columns):
     assert torch.allclose(found[0], expected[0], atol=2e-6) and found[1:].isnan().all()
     lens[0] = 0
     assert paged_attention(q, k, v, table, lens, backend="cuda").isnan().all()
+
+
+def grouped(contexts, shared, block, heads, kv_heads, width, dtype):
+    """`paged`, and groups: row i has its first `shared[i]` blocks from the row before it."""
+    q, k, v, table, lens = paged(contexts, block, heads, kv_heads, width, dtype)
+    for i, same in enumerate(shared):
+        table[i, :same] = table[i - 1, :same]
+    return q, k, v, table, lens, None, None, find_groups(table, block)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "width"), [(3, 130, 1, 8), (11, 24, 2, 40), (3, 70, 1, 136), (18, 8, 1, 128)]
+)
+def test_more_rows_than_a_block_has(rows, heads, kv_heads, width, dtype):
+    """A key head of more query heads than a block's 128 rows (64 of wide heads), and groups that need two blocks."""
+    args = grouped([259 + i for i in range(rows)], [0, *[16] * (rows - 1)], 16, heads, kv_heads, width, dtype)
+    assert args[-1][0].tolist() == [0] * rows
+    exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args[:-1]]
+    allowed = {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    expected = paged_attention(*exact, backend="reference")
+    assert torch.allclose(paged_attention(*args, backend="cuda").double(), expected, rtol=allowed, atol=allowed)
+
+
+@on_cuda
+@pytest.mark.parametrize("width", [64, 256])
+def test_one_piece_of_a_group_is_the_same_bits_with_and_without_the_merge(width):
+    args = grouped([200, 210, 256], [0, 12, 12], 16, 4, 2, width, torch.bfloat16)
+    q, k, v, table, lens, *_ = args
+    wide = torch.nn.functional.pad(table, (0, 20), value=-1)
+    found = paged_attention(q, k, v, wide, lens, groups=find_groups(wide, 16), backend="cuda")
+    narrow = table[:, :16].contiguous()
+    assert torch.equal(found, paged_attention(q, k, v, narrow, lens, groups=find_groups(narrow, 16), backend="cuda"))
+
+
+@on_cuda
+def test_queries_of_a_group_may_lie_anywhere():
+    """Rows of a joint projection that do not begin at 16 bytes."""
+    q, *rest = grouped([300, 290, 270], [0, 16, 16], 16, 6, 2, 40, torch.float16)
+    joint = torch.zeros(3, 1 + 6 * 40 + 2, dtype=torch.float16, device=ON)
+    joint[:, 1:241] = q.flatten(1)
+    moved = joint[:, 1:241].unflatten(1, (6, 40))
+    assert moved.data_ptr() % 16 and moved.stride(0) % 8
+    assert torch.equal(paged_attention(moved, *rest, backend="cuda"), paged_attention(q, *rest, backend="cuda"))
+
+
+@on_cuda
+def test_groups_in_float32_are_for_others():
+    """Each row would read its own there; automatic goes on to who reads a piece once."""
+    args = paged([300, 290], 16, 4, 2, 64)
+    groups = find_groups(args[3], 16)
+    slower = OPS["paged_attention"].backends["cuda"].slower
+    assert "float32" in slower(*args, None, None, groups) and slower(*args, None, None, None) is None
+    narrow = [a.half() if a.is_floating_point() else a for a in args]
+    assert slower(*narrow, None, None, groups) is None
 
 
 @on_cuda
@@ -185,13 +242,14 @@ def test_no_rows():
 def test_a_missing_barrier_would_show(monkeypatch):
     """Threads last to first: whoever reads what another thread has yet to write now reads something else."""
     attention = paged([300, 20], 16, 6, 2, 64)
+    groups = grouped([300, 290, 260], [0, 16, 16], 16, 6, 1, 128, torch.bfloat16)
     logits = torch.randn(3, 2500)
     streams = torch.randn(5, 1500)
 
     def everything():
         loss, stats = grpo_loss(*streams, 0.2, 0.2, 0.1, return_stats=True, backend="cuda")
         tokens = [x for settings in ((1.0,), (1.0, 9, 0.7), (0.0,)) for x in drawn(logits, *settings)]
-        return [loss, *stats, *tokens, paged_attention(*attention, backend="cuda")]
+        return [loss, *stats, *tokens, *(paged_attention(*args, backend="cuda") for args in (attention, groups))]
 
     forward = everything()
     monkeypatch.setenv("R1_THREAD_ORDER", "reverse")
@@ -207,7 +265,7 @@ def test_the_kernels_compiled_for_the_cpu(tmp_path, clean_environment):
         pytest.skip("no C++ compiler")
     environment = {**clean_environment, "R1FAST_EMULATED_CUDA": str(tmp_path), "PYTHONPATH": str(TESTS)}
     plugin = ["-p", "emulated_cuda.plugin", "-p", "no:cacheprovider"]
-    files = [str(TESTS / f"test_{name}.py") for name in ("kernels", "paged", "large_offsets")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("kernels", "paged", "paged_groups", "large_offsets")]
     select = "cuda-cpu or (test_large_offsets and cuda) or (test_cuda and not compiled)"
     command = [sys.executable, "-m", "pytest", *plugin, *files, __file__, "-k", select]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
@@ -230,17 +288,18 @@ def test_compiled_kernels_use_no_stack():
     names = {
         name
         for kernel, *_ in kernels
-        for name in ("equal_groups", "loss_rows", "sample_rows", "attend")
+        for name in ("equal_groups", "loss_rows", "sample_rows", "attend", "attend_group")
         if name in kernel
     }
-    assert len(names) == 4 and {"sm_80", "sm_90a"} <= set(re.findall(r"sm_\w+", said))
+    assert len(names) == 5 and {"sm_80", "sm_90a"} <= set(re.findall(r"sm_\w+", said))
     assert not [(kernel, stack, local) for kernel, _, stack, _, local in kernels if int(stack) or int(local)]
-    assert max(int(registers) for _, registers, *_ in kernels) <= 128
+    # Products keep their sums in registers; two blocks of 128 threads are to fit all the same.
+    assert all(int(registers) <= (255 if "attend_group" in kernel else 128) for kernel, registers, *_ in kernels)
 
 
 @pytest.mark.skipif(EMULATED or not BUILT or torch.cuda.is_available(), reason="built, and no driver is there")
 def test_a_launch_that_fails_raises_with_the_name_of_the_op():
-    counts = {"grpo_loss": 15, "sample_token": 14, "paged_attention": 19, "paged_append": 12, "rope_append": 27}
+    counts = {"grpo_loss": 15, "sample_token": 14, "paged_attention": 21, "paged_append": 12, "rope_append": 27}
     for name, sizes in counts.items():
         with pytest.raises(RuntimeError, match=rf"^{name}: .*(driver|device)"):
             getattr(native.cuda(), name)(*[1] * sizes)

@@ -68,6 +68,29 @@ def flashinfer_decode(args: tuple) -> Run:
     return lambda: wrapper.run(q, (k_cache, v_cache))
 
 
+def flashinfer_cascade(args: tuple, group: int, shared: int) -> Run:
+    """Its two levels: the first `shared` blocks of each `group` rows together, the rest of each row."""
+    import flashinfer
+
+    q, k_cache, v_cache, table, lens, *_ = args
+    if not q.is_cuda:
+        raise RuntimeError("it needs a GPU")
+    block, (rows, pages) = k_cache.shape[1], table.shape
+
+    def ends(count: int, each: int) -> torch.Tensor:
+        return torch.arange(count + 1, dtype=torch.int32, device=q.device) * each
+
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace, "NHD")
+    last = torch.full((rows // group,), block, dtype=torch.int32, device=q.device)
+    wrapper.plan(
+        [ends(rows // group, group), ends(rows, 1)], [ends(rows // group, shared), ends(rows, pages - shared)],
+        [table[::group, :shared].flatten(), table[:, shared:].flatten()], [last, (lens - 1) % block + 1],
+        q.shape[1], k_cache.shape[2], q.shape[2], block, q_data_type=q.dtype,
+    )  # fmt: skip
+    return lambda: wrapper.run(q, (k_cache, v_cache))
+
+
 def trl_loss(args: tuple) -> Run:
     """TRL's chunked log-probabilities, as its GRPOTrainer's fused head calls them, with GRPO's loss in torch behind."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size

@@ -20,6 +20,7 @@ ON_A_CARD = {
     "tests/test_cuda.py": "not compiled_for_the_cpu",
     "tests/test_large_offsets.py": "cuda or triton or flash or torch",
     "tests/test_paged.py": "cuda",
+    "tests/test_paged_groups.py": "cuda",
     "tests/test_graphs.py": "",
     "tests/test_device.py": "",
 }

@@ -16,8 +16,10 @@ from torch import Tensor
 from benchmarks.gpu import peers
 from benchmarks.gpu.shapes import SIZES, Sizes
 from r1fast.model.decoder import DecoderConfig
+from r1fast_kernels.paged_groups import find_groups
 
 BLOCK = 16  # tokens of a block of the cache
+GROUP = 16  # samples of a prompt
 
 Peer = Callable[[tuple], Callable[[], object]]  # arguments of the op -> a run of the same work
 
@@ -135,11 +137,36 @@ class Works:
                     4 * rows * context * width,
                     peers={"FlashInfer": peers.flashinfer_decode},
                 )  # fmt: skip
+                yield self.grouped_decoding(name, c, context)
         c, count = self.config, 8 * rows
         passed = 2 * count * c.kv_heads * c.head_dim * self.bytes  # keys and values
         yield Work(f"paged_append of {count} tokens", "paged_append", lambda: self.appended(count), 2 * passed)
         moved = 2 * passed + 2 * count * c.heads * c.head_dim * self.bytes
         yield Work(f"rope_append of {count} tokens", "rope_append", lambda: self.rotated(count), moved)
+
+    def grouped_decoding(self, name: str, c: DecoderConfig, context: int) -> Work:
+        """Each GROUP rows have the blocks of the first half of their contexts in common."""
+        rows, width, shared = self.at.sequences, c.heads * c.head_dim, context // 2 // BLOCK
+        positions = rows * (context - shared * BLOCK) + -(-rows // GROUP) * shared * BLOCK
+
+        def args() -> tuple:
+            k_cache, v_cache, table, lens = self.cache(context, c)
+            leader = torch.arange(rows, device=self.at.device) // GROUP * GROUP
+            table[:, :shared] = table[leader, :shared]
+            q = self.normal(rows, c.heads, c.head_dim)
+            return q, k_cache, v_cache, table, lens, None, None, find_groups(table, BLOCK)
+
+        return Work(
+            f"paged_attention {name}, {rows} contexts of {context}, {GROUP} behind one prompt",
+            "paged_attention",
+            args,
+            2 * (positions * c.kv_heads * c.head_dim + rows * width) * self.bytes,
+            4 * rows * context * width,
+            peers={
+                "FlashInfer": peers.flashinfer_decode,
+                "FlashInfer, cascade": partial(peers.flashinfer_cascade, group=GROUP, shared=shared),
+            },
+        )
 
     def products(self) -> Iterator[Work]:
         """The two largest of a layer, in decoding and in learning: how near the library is to its own ceiling."""

@@ -14,6 +14,11 @@ using namespace r1::generic;
 
 constexpr unsigned kAll = 0xffffffffu;
 
+template <typename T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<Bf16> = true;
+
 // Butterflies: every lane ends with the same value, added in the same order on every run.
 template <typename Number>
 __device__ __forceinline__ Number warp_sum(Number value) {
@@ -72,21 +77,42 @@ __device__ __forceinline__ Shared& shared_memory() {
   __shared__ Shared memory;
   return memory;
 }
+
+// The same of more than 48 KiB, which a launch must ask for.
+template <typename Shared>
+__device__ __forceinline__ Shared& dynamic_shared_memory() {
+  static_assert(alignof(Shared) <= 16);
+  extern __shared__ uint4 dynamic_memory[];
+  return *reinterpret_cast<Shared*>(dynamic_memory);
+}
 #endif
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 0, or the cudaError_t of a launch that could not be made.
+// The launch of a kernel that takes `bytes` of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, Arguments... arguments) {
+int launch_with(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes, void* stream,
+                Arguments... arguments) {
+  if (bytes > 0) {
+    const auto status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != 0) return static_cast<int>(status);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return static_cast<int>(cudaGetLastError());
+}
+
+// 0, or the cudaError_t of a launch that could not be made.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, Arguments... arguments) {
+  return launch_with(kernel, grid, threads, 0, stream, arguments...);
 }
 
 }  // namespace cuda

@@ -28,12 +28,15 @@ int r1_cuda_sample_token(const void* logits, int type, const int64_t* seed, cons
                          void* stream);
 // One query a sequence, any of them `q_stride` apart. keys, values: [blocks, block, kv_heads, width], aligned to 16 bytes;
 // tables: [sequences, columns] with rows `table_stride` apart; width: a multiple of 8 up to 256. partial: floats,
-// sequences * splits(columns, block) * heads * (width + 2). What is outside the cache is not read: NaN for the sequence
+// sequences * splits(columns, block) * heads * (width + 2). What is outside the cache is not read: NaN for the sequence.
+// groups: null, or [splits, sequences] with rows `groups_stride` apart: the rows from groups[p, s] to s have the same
+// blocks in split p, and in the 16-bit types they are read once for all of them
 int64_t r1_cuda_paged_attention_splits(int64_t columns, int64_t block);
 int r1_cuda_paged_attention(const void* q, int64_t q_stride, const void* keys, const void* values, int type,
-                            const int32_t* tables, int64_t table_stride, const int32_t* contexts, void* out,
-                            float* partial, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t width,
-                            int64_t blocks, int64_t block, int64_t columns, float scale, void* stream);
+                            const int32_t* tables, int64_t table_stride, const int32_t* contexts,
+                            const int32_t* groups, int64_t groups_stride, void* out, float* partial, int64_t sequences,
+                            int64_t heads, int64_t kv_heads, int64_t width, int64_t blocks, int64_t block,
+                            int64_t columns, float scale, void* stream);
 // Tokens of `row` elements of `size` bytes, a stride apart; slots outside the cache are left out
 int r1_cuda_paged_append(const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* keys, void* values,
                          const int64_t* slots, int64_t tokens, int64_t row, int64_t all_slots, int64_t size,

@@ -2,39 +2,20 @@
 // A block takes one split of 256 positions of one sequence and key head, for up to 8 of its query heads: each key and
 // value is read once for all of them. Splits begin at fixed positions and are merged in order by a second kernel, so a
 // sequence's result does not depend on what else is in the batch (fixed split size, never a fixed number of splits).
+//
+// Rows that share blocks are taken together by paged_attention_groups.cu, where the caller says which they are.
 #include "device.h"
 #include "ops.h"
+#include "paged_attention.h"
 
 using namespace r1::cuda;
 
 namespace {
 
-constexpr int kSplit = 256;  // positions
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kWidth = 8;      // numbers of a head that one lane holds
 constexpr int kUnroll = 4;     // positions whose keys are on the way at once, in each lane
 constexpr int kMostHeads = 8;  // query heads of a block
-
-struct Cache {
-  const void *keys, *values;
-  const int32_t *tables, *contexts;
-  int64_t table_stride;
-  int blocks, block, longest;  // in the cache; positions of one; positions that a table's row can name
-  int kv_heads, width;
-};
-
-// The query heads of a key head are taken in parts of `HEADS`.
-struct Queries {
-  const void* q;
-  int64_t stride;
-  int heads, group, parts;
-  float scale;
-};
-
-// Of each split: sums [sequence, split, head, width], then maximum and total [sequence, split, head].
-struct Partial {
-  float *sums, *maxima, *totals;
-};
 
 template <int LANES, int HEADS>
 struct Shared {
@@ -126,7 +107,7 @@ __device__ __forceinline__ void score(const Queries& queries, const Cache& cache
   }
 }
 
-// scores become e^(score - maximum); maximum and total are kept. One warp a head.
+// scores become 2^(score - maximum); maximum and total are kept. One warp a head.
 template <int LANES, int HEADS>
 __device__ __forceinline__ void exponentials(int count, Shared<LANES, HEADS>& shared) {
   const int lane = threadIdx.x % 32;
@@ -135,7 +116,7 @@ __device__ __forceinline__ void exponentials(int count, Shared<LANES, HEADS>& sh
     for (int t = lane; t < count; t += 32) largest = fmaxf(largest, shared.scores[t][h]);
     largest = warp_max(largest);
     for (int t = lane; t < count; t += 32) {
-      const float weight = expf(shared.scores[t][h] - largest);
+      const float weight = exp2f(shared.scores[t][h] - largest);
       shared.scores[t][h] = weight;
       total += weight;
     }
@@ -243,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) merge(Partial partial, const int32_t
     float sum = 0, total = 0;
     for (int s = 0; s < used; ++s) {
       const int64_t place = first + static_cast<int64_t>(s) * heads;
-      const float keep = expf(partial.maxima[place] - largest);
+      const float keep = exp2f(partial.maxima[place] - largest);
       sum += keep * partial.sums[place * width + d];
       total += keep * partial.totals[place];
     }
@@ -270,10 +251,7 @@ int run(const Queries& given, const Cache& cache, const Partial& partial, T* out
   Queries queries = given;
   queries.parts = static_cast<int>(ceil_div(queries.group, HEADS));
   const dim3 grid(static_cast<unsigned>(sequences), cache.kv_heads * queries.parts, splits);
-  const int status = launch(attend<T, LANES, HEADS>, grid, kThreads, stream, queries, cache, partial, out);
-  if (status != 0 || splits == 1) return status;
-  return launch(merge<T>, dim3(static_cast<unsigned>(sequences), queries.heads), kThreads, stream, partial,
-                cache.contexts, out, splits, cache.longest, queries.heads, cache.width);
+  return launch(attend<T, LANES, HEADS>, grid, kThreads, stream, queries, cache, partial, out);
 }
 
 template <typename T, int LANES>
@@ -286,11 +264,21 @@ int by_heads(const Queries& queries, const Cache& cache, const Partial& partial,
   return chosen(queries, cache, partial, out, sequences, splits, stream);
 }
 
-template <typename T>
-int by_width(const Queries& queries, const Cache& cache, const Partial& partial, void* out, int64_t sequences,
-             int splits, void* stream) {
-  auto chosen = cache.width <= 64 ? by_heads<T, 8> : cache.width <= 128 ? by_heads<T, 16> : by_heads<T, 32>;
-  return chosen(queries, cache, partial, static_cast<T*>(out), sequences, splits, stream);
+// `groups.first` is null for rows by themselves.
+template <typename T, R1Type TYPE>
+int decode(const Queries& queries, const Cache& cache, const Groups& groups, const Partial& partial, void* to,
+           int64_t sequences, int splits, void* stream) {
+  T* const out = static_cast<T*>(to);
+  int status;
+  if (TYPE != kFloat && groups.first != nullptr) {
+    status = attend_groups(queries, cache, groups, partial, out, TYPE, sequences, splits, stream);
+  } else {
+    auto chosen = cache.width <= 64 ? by_heads<T, 8> : cache.width <= 128 ? by_heads<T, 16> : by_heads<T, 32>;
+    status = chosen(queries, cache, partial, out, sequences, splits, stream);
+  }
+  if (status != 0 || splits == 1) return status;
+  return launch(merge<T>, dim3(static_cast<unsigned>(sequences), queries.heads), kThreads, stream, partial,
+                cache.contexts, out, splits, cache.longest, queries.heads, cache.width);
 }
 
 template <typename Unit>
@@ -308,21 +296,21 @@ extern "C" {
 int64_t r1_cuda_paged_attention_splits(int64_t columns, int64_t block) { return ceil_div(columns * block, kSplit); }
 
 int r1_cuda_paged_attention(const void* q, int64_t q_stride, const void* keys, const void* values, int type,
-                            const int32_t* tables, int64_t table_stride, const int32_t* contexts, void* out,
-                            float* partial, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t width,
-                            int64_t blocks, int64_t block, int64_t columns, float scale, void* stream) {
+                            const int32_t* tables, int64_t table_stride, const int32_t* contexts,
+                            const int32_t* groups, int64_t groups_stride, void* out, float* partial, int64_t sequences,
+                            int64_t heads, int64_t kv_heads, int64_t width, int64_t blocks, int64_t block,
+                            int64_t columns, float scale, void* stream) {
   if (sequences == 0 || heads == 0) return 0;
   const int group = static_cast<int>(heads / kv_heads);
   const int splits = static_cast<int>(r1_cuda_paged_attention_splits(columns, block));
-  const Queries queries{q, q_stride, static_cast<int>(heads), group, 1, scale};
+  const Queries queries{q, q_stride, static_cast<int>(heads), group, 1, scale * kLog2E};
   const int longest = columns * block < INT32_MAX ? static_cast<int>(columns * block) : INT32_MAX;
   const Cache cache{keys, values, tables, contexts, table_stride, static_cast<int>(blocks), static_cast<int>(block),
                     longest, static_cast<int>(kv_heads), static_cast<int>(width)};
   const int64_t each = sequences * splits * heads;
   const Partial parts{partial, partial + each * width, partial + each * (width + 1)};
-  if (type == kFloat) return by_width<float>(queries, cache, parts, out, sequences, splits, stream);
-  if (type == kBf16) return by_width<Bf16>(queries, cache, parts, out, sequences, splits, stream);
-  return by_width<Half>(queries, cache, parts, out, sequences, splits, stream);
+  auto chosen = type == kFloat ? decode<float, kFloat> : type == kBf16 ? decode<Bf16, kBf16> : decode<Half, kHalf>;
+  return chosen(queries, cache, Groups{groups, groups_stride}, parts, out, sequences, splits, stream);
 }
 
 int r1_cuda_paged_append(const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* keys, void* values,

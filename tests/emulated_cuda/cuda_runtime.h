@@ -45,6 +45,12 @@ struct cudaLaunchConfig_t {
 };
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return 0; }
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+// 99 KiB is what a block of sm_86 and sm_89 can have, the least of all cards from sm_80 on.
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, int, int value) {
+  return value <= 99 * 1024 ? 0 : 1;
+}
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -52,24 +58,37 @@ namespace emulated {
 
 enum class At { running, warp, block, done };
 
+struct Copy {  // into shared memory, on its way
+  void* to;
+  const void* from;  // null for zeros
+  int group;
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf here;
   bool begun = false;
   At at = At::running;
   int parity = 0;
+  std::vector<Copy> copies;
+  int groups = 0;  // of copies that have been ended
   std::unique_ptr<char[]> stack;
+};
+
+struct alignas(8) Slot {
+  char bytes[24];
 };
 
 constexpr size_t kStack = 1 << 17;
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<uint64_t> slots;  // [parity][thread]: a lane is never more than one operation ahead of another
+  std::vector<Slot> slots;  // [parity][thread]: a lane is never more than one operation ahead of another
   std::vector<char> shared = std::vector<char>(1 << 18);
   std::function<void()> body;
   jmp_buf scheduler;
   int current = 0;
+  size_t dynamic = 0;  // bytes of shared memory that the launch asked for
   bool all = true, all_before = true;  // of __syncthreads_and
 };
 
@@ -82,6 +101,8 @@ inline Block& block() {
   std::fprintf(stderr, "emulated CUDA: %s\n", why);
   std::abort();
 }
+
+inline Fiber& self() { return block().fibers[block().current]; }
 
 inline void entry() {
   Block& b = block();
@@ -137,6 +158,8 @@ inline void run_block(int threads, bool reverse) {
   for (int t = 0; t < threads; ++t) {
     b.fibers[t].begun = false;
     b.fibers[t].at = At::running;
+    b.fibers[t].copies.clear();
+    b.fibers[t].groups = 0;
   }
   while (true) {
     int done = 0, waiting = 0;
@@ -153,20 +176,34 @@ inline void run_block(int threads, bool reverse) {
   }
 }
 
+// Every lane gives a value; then it has those of all 32, until it meets the warp after the next time.
+template <typename T>
+class Gathered {
+ public:
+  explicit Gathered(const T& value) {
+    static_assert(sizeof(T) <= sizeof(Slot));
+    Block& b = block();
+    Slot* const mine = b.slots.data() + self().parity * b.fibers.size();
+    self().parity ^= 1;
+    std::memcpy(mine[b.current].bytes, &value, sizeof value);
+    first_ = mine + b.current / 32 * 32;
+    wait(At::warp);
+  }
+  T operator[](int from) const {
+    T found;
+    std::memcpy(&found, first_[from].bytes, sizeof found);
+    return found;
+  }
+
+ private:
+  const Slot* first_;
+};
+
 // Every lane gives a value; returns what lane `from` gave.
 template <typename T>
 T exchange(unsigned mask, T value, int from) {
-  static_assert(sizeof(T) <= 8);
   if (mask != 0xffffffffu) fail("a mask of less than the whole warp");
-  Block& b = block();
-  Fiber& self = b.fibers[b.current];
-  const size_t base = self.parity * b.fibers.size();
-  self.parity ^= 1;
-  std::memcpy(&b.slots[base + b.current], &value, sizeof value);
-  wait(At::warp);
-  T found;
-  std::memcpy(&found, &b.slots[base + b.current / 32 * 32 + from], sizeof found);
-  return found;
+  return Gathered<T>(value)[from];
 }
 
 inline int lane() { return block().current % 32; }
@@ -174,6 +211,7 @@ inline int lane() { return block().current % 32; }
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::wait(emulated::At::block); }
+inline void __syncwarp() { emulated::wait(emulated::At::warp); }
 inline int __syncthreads_and(int value) {
   emulated::block().all &= value != 0;
   __syncthreads();
@@ -201,6 +239,12 @@ Shared& shared_memory() {
   static_assert(alignof(Shared) <= 16);
   return *reinterpret_cast<Shared*>(emulated::block().shared.data());
 }
+template <typename Shared>
+Shared& dynamic_shared_memory() {
+  static_assert(alignof(Shared) <= 16);
+  if (sizeof(Shared) > emulated::block().dynamic) emulated::fail("more dynamic shared memory than the launch asked for");
+  return *reinterpret_cast<Shared*>(emulated::block().shared.data());
+}
 }  // namespace cuda
 }  // namespace r1
 
@@ -216,9 +260,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   Block& b = block();
   if (static_cast<int>(b.fibers.size()) < threads) b.fibers.resize(threads);
   b.slots.resize(2 * b.fibers.size());
+  b.dynamic = config->dynamicSmemBytes;
   b.body = [&] { kernel(arguments...); };
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block(threads, reverse);
   return 0;
 }
+
+#include "tensor_cores.h"
