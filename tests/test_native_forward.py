@@ -59,6 +59,14 @@ def run(model, how: str, monkeypatch) -> list[torch.Tensor]:
     return [*found, kv.keys, kv.values]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_begins_at_a_line_and_holds_zeros(dtype):
+    kv = PagedKV.allocate(tiny_model().config, 5, BLOCK, "cpu", dtype)
+    for array in (kv.keys, kv.values):
+        assert array.data_ptr() % 64 == 0 and array.is_contiguous() and array.dtype is dtype
+        assert array.shape[1:3] == (6, BLOCK) and not array.any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_is_the_ops_bit_for_bit_and_the_reference_within_rounding(tmp_path, layout, monkeypatch):
     make(tmp_path, *LAYOUTS[layout])

@@ -6,6 +6,10 @@
 // rows it is the weight that is packed; with fewer than a vector holds, squares of it are transposed in registers.
 // Every number is one chain of fused multiply-adds over kDeep terms, chain by chain, in an order that neither the number
 // of rows nor that of threads changes. So a row's result has the same bits whatever the batch it sits in.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "ops.h"
 #include "product.h"
 #include "scratch.h"
@@ -24,11 +28,19 @@ constexpr int64_t kRowBlock = 240;   // rows of d_y, in d_x: with kDeep columns,
 constexpr int64_t kOutBlock = 192;   // outputs, in d_weight
 constexpr int64_t kAhead = 64;    // numbers of a row of the weight that are fetched before they are needed
 constexpr int64_t kSerial = 1 << 18;  // multiply-adds under which threads cost more than they give
-static_assert(kBlock % kNarrowRows == 0 && kBlock / 4 % kTileRows == 0 && kBlock % kLanes == 0, "blocks are whole tiles");
+static_assert(kBlock % kNarrowRows == 0 && kBlock % kTileRows == 0 && kBlock % kLine == 0, "blocks are whole tiles");
 static_assert(kRowBlock % kTileRows == 0 && kOutBlock % kTileRows == 0, "blocks are whole tiles");
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+int64_t most_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 struct Sizes {
   int64_t rows, width, outputs;
@@ -47,13 +59,16 @@ void pack_across(const float* x, int64_t row, int64_t rows, int64_t width, float
     }
 }
 
-// `count` rows of the left factor against one panel; those past the last whole tile come from `edge`, padded.
+// `count` rows of the left factor against one panel; those past the last whole tile come from `edge`, padded. ahead: the
+// left factor of the next call, or null.
 template <int ROWS, int VECTORS>
 void tiles_along(const float* left, int64_t row, const float* edge, int64_t count, const float* right, int64_t depth,
-                 float* out, int64_t out_row, bool add) {
+                 float* out, int64_t out_row, bool add, const float* ahead) {
   int64_t m = 0;
-  for (; m + ROWS <= count; m += ROWS)
-    tile_along<ROWS, VECTORS>(left + m * row, row, right, depth, out + m * out_row, out_row, add);
+  for (; m + ROWS <= count; m += ROWS) {
+    const float* next = m + 2 * ROWS <= count ? left + (m + ROWS) * row : ahead;
+    tile_along<ROWS, VECTORS>(left + m * row, row, right, depth, out + m * out_row, out_row, add, next);
+  }
   if (m < count) tile_along<ROWS, VECTORS>(edge, kDeep, right, depth, out + m * out_row, out_row, add);
 }
 
@@ -79,8 +94,9 @@ void store_across(const float* sums, const float* bias, int64_t rows, int64_t co
   }
 }
 
-// `count` outputs, from one reading of their weights, for all rows of the packed panels.
-void outputs_of(const float* panels, int64_t rows, const float* weight, const float* bias, int64_t count,
+// `count` outputs, from one reading of their weights, for all rows of the packed panels. more: whether this thread goes
+// on with the outputs behind them.
+void outputs_of(const float* panels, int64_t rows, const float* weight, const float* bias, int64_t count, bool more,
                 const Sizes& s, float* y) {
   alignas(64) float sums[kMany * kBlock];
   alignas(64) float edge[kNarrowRows * kDeep], narrow_edge[kNarrowRows * kDeep];
@@ -91,11 +107,13 @@ void outputs_of(const float* panels, int64_t rows, const float* weight, const fl
     pack_edge(left, s.width, count, kNarrowRows, depth, narrow_edge);
     for (int64_t first = 0; first < rows; first += kTileColumns) {
       const float* right = panels + first * s.width + k * kTileColumns;
+      const bool again = first + kTileColumns < rows, deeper = k + kDeep < s.width;
+      const float* ahead = again ? left : deeper ? left + kDeep : more ? weight + count * s.width : nullptr;
       float* to = sums + first * kBlock;
       if (rows - first > kLanes)
-        tiles_along<kTileRows, 2>(left, s.width, edge, count, right, depth, to, kTileColumns, k > 0);
+        tiles_along<kTileRows, 2>(left, s.width, edge, count, right, depth, to, kTileColumns, k > 0, ahead);
       else
-        tiles_along<kNarrowRows, 1>(left, s.width, narrow_edge, count, right, depth, to, kTileColumns, k > 0);
+        tiles_along<kNarrowRows, 1>(left, s.width, narrow_edge, count, right, depth, to, kTileColumns, k > 0, ahead);
     }
   }
   store_across(sums, bias, rows, count, y, s.outputs);
@@ -268,7 +286,9 @@ bool linear_forward(const float* x, int64_t x_row, const float* weight, const fl
     }
     return true;
   }
-  const int64_t block = outputs >= 32 * kBlock ? kBlock : outputs >= 16 * kBlock ? kBlock / 2 : kBlock / 4;
+  // A thread's outputs lie together, in blocks that end where a line of y ends: two threads, or a block and the next,
+  // would each have to read that line to write their part.
+  const int64_t part = round_up(ceil_div(outputs, s.worth_threads() ? most_threads() : 1), kLine);
   Scratch panels;
   if (!panels.reserve(round_up(rows, kTileColumns) * width)) return false;
 #pragma omp parallel if (s.worth_threads())
@@ -277,8 +297,10 @@ bool linear_forward(const float* x, int64_t x_row, const float* weight, const fl
     for (int64_t at = 0; at < rows; at += kTileColumns)
       pack_across(x + at * x_row, x_row, least(rows - at, kTileColumns), width, panels.data() + at * width);
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < outputs; n += block)
-      outputs_of(panels.data(), rows, weight + n * width, bias ? bias + n : nullptr, least(outputs - n, block), s, y + n);
+    for (int64_t first = 0; first < outputs; first += part)
+      for (int64_t n = first, end = least(first + part, outputs); n < end; n += kBlock)
+        outputs_of(panels.data(), rows, weight + n * width, bias ? bias + n : nullptr, least(end - n, kBlock),
+                   n + kBlock < end, s, y + n);
   }
   return true;
 }

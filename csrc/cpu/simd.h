@@ -20,6 +20,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr int64_t kLine = 16;  // floats of a line of the cache
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));  // also what a comparison gives: -1 where it holds
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
