@@ -1,6 +1,6 @@
 """`python -m benchmarks.sandbox`: what hostile programs cost honest ones in the same pool.
 
-Honest programs alone, then the same with every program of tests/hostile spread among them, then alone again, several
+Honest programs alone, then as many with every program of tests/hostile spread among them, then alone again, several
 times; the time counts until the last honest one is scored. One JSON a machine under benchmarks/results/.
 """
 
@@ -28,8 +28,8 @@ class Timed(RewardPool):
     watched: frozenset[int] = frozenset()
     done = 0.0
 
-    def _collect(self, scores, more):
-        super()._collect(scores, more)
+    def _collect(self, waiting, scores):
+        super()._collect(waiting, scores)
         if not self.done and all(scores[i] is not None for i in self.watched):
             self.done = time.perf_counter()
 
@@ -63,38 +63,44 @@ def seconds(pool: Timed, count: int, mark: str, beside: bool) -> float:
     return pool.done - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--honest", type=int, default=970)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    alone, beside, after = [], [], []
-    with Timed() as pool:
-        seconds(pool, len(HOSTILE), "warm", False)
-        for turn in range(args.rounds):
-            alone.append(seconds(pool, args.honest, f"alone{turn}", False))
-            beside.append(seconds(pool, args.honest, f"beside{turn}", True))
-            after.append(seconds(pool, args.honest, f"after{turn}", False))
-        lanes = pool.size
-    ratio = {
-        name: statistics.median(b / a for a, b in zip(alone, times, strict=True))
-        for name, times in (("beside", beside), ("after", after))
-    }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    found = {
-        "commit": commit.strip(),
-        "lanes": lanes,
-        "honest": args.honest,
-        "hostile": len(HOSTILE),
+def measured(pool: Timed, one_in: int, rounds: int) -> dict:
+    """Times with one program in `one_in` hostile, and ratios of the rounds: each to the mean before and after it."""
+    count = (one_in - 1) * len(HOSTILE)
+    alone, beside = [seconds(pool, count, f"{one_in} alone", False)], []
+    for turn in range(rounds):
+        beside.append(seconds(pool, count, f"{one_in} beside {turn}", True))
+        alone.append(seconds(pool, count, f"{one_in} after {turn}", False))
+    ratios = [among * 2 / (alone[i] + alone[i + 1]) for i, among in enumerate(beside)]
+    return {
+        "honest": count,
         "alone_s": alone,
         "beside_s": beside,
-        "after_s": after,
-        "ratio": ratio,
-        "per_program_ms": statistics.median(alone) / args.honest * 1e3,
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "honest_per_second": {
+            "alone": count / statistics.median(alone),
+            "beside": count / statistics.median(beside),
+        },
     }
-    print(json.dumps(found, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one-in", type=int, nargs="+", default=[13, 7], help="of so many programs one is hostile")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
     name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    (RESULTS / f"{name}-sandbox.json").write_text(json.dumps(found, indent=1) + "\n")
+    file = RESULTS / f"{name}-sandbox.json"
+    with Timed() as pool:
+        seconds(pool, len(HOSTILE), "warm", False)
+        found = {f"one_in_{one_in}": measured(pool, one_in, args.rounds) for one_in in args.one_in}
+        lanes = pool.size
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known = known if known.get("commit") == commit.strip() else {}  # what was measured of it in another call stays
+    found = {**known, "commit": commit.strip(), "lanes": lanes, "hostile": len(HOSTILE), **found}
+    print(json.dumps(found, indent=1))
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import os
 import time
 
-from r1fast.rewards import Reward, register
+from r1fast.rewards import Reward, lane, register
 
 
 @register("misbehaving")
@@ -48,3 +48,26 @@ class Failing(Reward):
 
     def judge(self, completion, reference):
         return float(completion)
+
+
+@register("courteous")
+class Courteous(Reward):
+    """Does what the words of the completion say, one after the other; its value is the time at which it was done."""
+
+    cheap, makes_way = False, True
+
+    def judge(self, completion, reference):
+        place = lane.current.get()
+        for word in completion.split():
+            match word.partition(":")[::2]:
+                case "park", resident:
+                    place.park(int(resident or 0))
+                case "leave", resident:
+                    place.leave(int(resident or 0))
+                case "hold", _:
+                    lane.hold()
+                case "sleep", seconds:
+                    time.sleep(float(seconds))
+                case "die", _:
+                    os._exit(3)
+        return time.monotonic()

@@ -31,6 +31,7 @@ class Reward:
 
     name: ClassVar[str] = ""
     cheap: ClassVar[bool] = True  # False: `judge` may hang or crash, and is run in a worker process with a deadline
+    makes_way: ClassVar[bool] = False  # True: `judge` itself gives its lane up to others when it takes long (lane.py)
 
     def prepare(self) -> None:
         """Slow imports, done once in each worker process before its clock starts."""

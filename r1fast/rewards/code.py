@@ -179,7 +179,7 @@ def _defined(source: str) -> set[str]:
 class Code(Reward):
     """1 where the completion's program passes every test of the reference (or, with `partial`, the share it passes)."""
 
-    cheap = False
+    cheap, makes_way = False, True
 
     def why_not(self) -> str | None:
         return why_not(settings().sandbox)

@@ -1,8 +1,11 @@
 """Worker processes for rewards that may hang or crash: a deadline for every item, and a kill that always works.
 
 A hang or a crash costs one sample its score (an error, never a zero) and one worker its life; the rest goes on.
-A pool has as many lanes as there are cores. An item that takes longer than SLOW leaves its lane to another worker and
-goes on beside them, so that completions that hang do not stand in the way of those that do not.
+
+A pool has as many lanes as there are cores. A program that has had its share of one makes way (lane.py): it stands
+still until no fresh one waits, so that a hostile one costs the others its share and not its limit. Fresh ones come
+first, then the parked in their order; where those become too many or too large, they come first. An item of a reward
+that cannot make way leaves its lane to another worker after SLOW seconds and goes on beside it.
 
 Our own small pool, because a library's (pebble, concurrent.futures) starts workers through multiprocessing, which
 imports the caller's main module again: rewards are called from scripts and notebooks that do not expect it.
@@ -11,99 +14,22 @@ imports the caller's main module again: rewards are called from scripts and note
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import json
 import os
 import selectors
-import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-from r1fast import plugins
-from r1fast.rewards.base import Reference, Score, get, settings
+from r1fast.rewards.base import Score, get, settings
+from r1fast.rewards.process import Item, Job, Worker
 
-STARTUP = 120.0  # seconds for a worker to import what a reward needs; sympy takes several on a busy machine
-SLOW = 0.5  # seconds after which an item no longer holds up its lane
 CROWD = 4  # workers at most, times the lanes
+STANDING = 16  # programs parked at most, and as many beside, times the lanes: each has some processes and a thread
+RESIDENT = 1 << 30  # bytes that they may hold together, times the lanes: what one that runs may
 CACHED = 65_536  # verdicts remembered; the same answer comes again and again within a group
-
-Item = tuple[str, str, Reference]  # reward's name, completion, reference
-
-
-class _Worker:
-    """One process and what it is doing."""
-
-    def __init__(self, deadline: float) -> None:
-        # -P keeps the working directory from the front of the path; the parent's own path is handed on whole.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "r1fast.rewards.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-        self.prepared: set[str] = set()
-        self.buffer = b""
-        self.job: int | None = None
-        self.reward = ""
-        self.seconds = self.deadline = deadline
-        self.expires = self.slow = 0.0
-        given = {"settings": settings().model_dump(mode="json"), "plugins": plugins.loaded()}
-        with contextlib.suppress(BrokenPipeError):  # found dead when it is asked something
-            self._write(given)
-
-    def _write(self, message: dict) -> None:
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
-
-    def send(self, job: int, item: Item) -> None:
-        name, completion, reference = item
-        seconds = get(name).deadline(reference) or self.deadline
-        message = {
-            "module": type(get(name)).__module__,
-            "reward": name,
-            "completion": completion,
-            "reference": reference,
-            "seconds": seconds,
-        }
-        self.job, self.reward, self.seconds = job, name, seconds
-        self._expect(seconds if name in self.prepared else STARTUP)
-        self._write(message)
-
-    def _expect(self, seconds: float) -> None:
-        now = time.monotonic()
-        self.expires, self.slow = now + seconds, now + (SLOW if self.reward in self.prepared else STARTUP)
-
-    def receive(self) -> Score | None:
-        """What has arrived: a verdict, or None for "not yet". EOFError when the process is gone."""
-        chunk = os.read(self.process.stdout.fileno(), 65536)
-        if not chunk:
-            raise EOFError
-        *lines, self.buffer = (self.buffer + chunk).split(b"\n")
-        for line in lines:
-            reply = json.loads(line)
-            if "prepared" in reply:
-                self.prepared.add(reply["prepared"])
-                self._expect(self.seconds)  # the clock starts when the imports are done
-            else:
-                self.job = None
-                return Score(**reply)
-        return None
-
-    def kill(self) -> int:
-        """Ends the process whatever it is doing; its exit code."""
-        self.process.kill()
-        code = self.process.wait()
-        self.process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):  # the rest of a message to a process that died while reading it
-            self.process.stdin.close()
-        return code
 
 
 class RewardPool:
@@ -115,7 +41,7 @@ class RewardPool:
         self.size = workers or settings().workers or min(8, _cores())
         self.deadline = deadline or settings().deadline
         self.restarts = 0  # workers that hung or crashed so far
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -158,9 +84,9 @@ class RewardPool:
         scores: list[Score | None] = [None] * len(items)
         waiting = deque(range(len(items)))
         try:
-            while waiting or any(worker.job is not None for worker in self._workers):
+            while waiting or any(worker.jobs for worker in self._workers):
                 self._assign(waiting, items, scores)
-                self._collect(scores, bool(waiting))
+                self._collect(waiting, scores)
         except BaseException:  # an interrupt: what is in flight must not answer the next run
             self.close()
             raise
@@ -168,60 +94,87 @@ class RewardPool:
             self._workers.pop().kill()
         return scores  # type: ignore[return-value]
 
-    def _assign(self, waiting: deque[int], items: list[Item], scores: list[Score | None]) -> None:
-        """Gives every free lane an item, starting workers where none is idle."""
-        now = time.monotonic()
-        idle = [worker for worker in self._workers if worker.job is None]
-        taken = sum(worker.job is not None and worker.slow > now for worker in self._workers)
-        while waiting and taken < self.size and (idle or len(self._workers) < CROWD * self.size):
-            if not idle:
-                self._workers.append(_Worker(self.deadline))
-                idle.append(self._workers[-1])
-            worker, job = idle.pop(), waiting.popleft()
-            taken += 1
-            try:
-                worker.send(job, items[job])
-            except BrokenPipeError:
-                self._lose(worker, scores)
+    def _jobs(self, *places: str) -> list[tuple[Worker, Job]]:
+        """Every item on its way, or those in these places."""
+        jobs = ((worker, job) for worker in self._workers for job in worker.jobs.values())
+        return [(worker, job) for worker, job in jobs if not places or job.place in places]
 
-    def _collect(self, scores: list[Score | None], more: bool) -> None:
-        """Waits for the next verdict, death, deadline or (with `more` to give) free lane, and deals with what came."""
-        busy = [worker for worker in self._workers if worker.job is not None]
+    def _assign(self, waiting: deque[int], items: list[Item], scores: list[Score | None]) -> None:
+        """Gives every free lane a fresh item, or a parked one."""
+        now = time.monotonic()
+        crowding = max(0, len(self._jobs("beside")) - STANDING * self.size)
+        free = self.size - sum(job.holds(now) for _, job in self._jobs()) - crowding
+        while free > 0:
+            parked = self._jobs("parked")
+            large = sum(job.resident for _, job in self._jobs("parked", "beside")) > RESIDENT * self.size
+            full = large or len(parked) > STANDING * self.size
+            worker = self._idle() if waiting and not full else None
+            try:
+                if worker is not None:
+                    number = waiting.popleft()
+                    name, _, reference = items[number]
+                    worker.send(number, items[number], get(name).deadline(reference) or self.deadline)
+                elif parked:
+                    worker, job = min(parked, key=lambda entry: (-entry[1].resident * large, entry[1].number))
+                    worker.resume(job)
+                else:
+                    return
+            except BrokenPipeError:
+                self._lose(worker, waiting, scores)
+            free -= 1
+
+    def _idle(self) -> Worker | None:
+        """The worker for a fresh item, started where there is none and may be; the least burdened."""
+        idle = [worker for worker in self._workers if worker.idle]
+        if not idle and len(self._workers) < CROWD * self.size:
+            self._workers.append(Worker())
+            return self._workers[-1]
+        return min(idle, key=lambda worker: len(worker.jobs), default=None)
+
+    def _collect(self, waiting: deque[int], scores: list[Score | None]) -> None:
+        """Waits for the next word, death, deadline or (while items wait) free lane, and deals with what came."""
+        busy = self._jobs("lane", "beside")
         if not busy:
             return
         with selectors.DefaultSelector() as selector:
-            for worker in busy:
+            for worker in {worker for worker, _ in busy}:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
             now = time.monotonic()
-            soonest = min(worker.expires for worker in busy)
-            if more:
-                soonest = min([soonest, *(worker.slow for worker in busy if worker.slow > now)])
+            soonest = min(job.expires for _, job in busy)
+            if waiting:
+                soonest = min([soonest, *(job.slow for _, job in busy if job.holds(now))])
             ready = selector.select(max(0.0, soonest - now))
         for key, _ in ready:
-            worker, job = key.data, key.data.job
             try:
-                verdict = worker.receive()
+                for number, score in key.data.receive().items():
+                    scores[number] = score
             except EOFError:
-                self._lose(worker, scores)
-                continue
-            if verdict is not None:
-                scores[job] = verdict
+                self._lose(key.data, waiting, scores)
         now = time.monotonic()
-        for worker in busy:
-            if worker.job is not None and worker.expires <= now:
-                self._lose(worker, scores, late=True)
+        for worker, job in busy:
+            if job.number in worker.jobs and job.place != "parked" and job.expires <= now:
+                self._lose(worker, waiting, scores, late=job)
 
-    def _lose(self, worker: _Worker, scores: list[Score | None], late: bool = False) -> None:
-        """Buries a worker; its item gets the error. `_assign` starts another when there is need."""
+    def _lose(self, worker: Worker, waiting: deque[int], scores: list[Score | None], late: Job | None = None) -> None:
+        """Buries a worker. The item that was late gets the error; where none was, those that ran. Those that stood by
+        are judged anew."""
         if worker not in self._workers:
             return
         self._workers.remove(worker)
         self.restarts += 1
         code = worker.kill()
-        allowed = worker.seconds if worker.reward in worker.prepared else STARTUP
-        why = f"no verdict within {allowed:g} s" if late else f"the verifier's process died (exit code {code})"
-        scores[worker.job] = Score(0.0, f"{worker.reward}: {why}")
-        worker.job = None
+        jobs = list(worker.jobs.values())
+        places = [place for place in ("lane", "beside", "parked") if any(job.place == place for job in jobs)]
+        for job in reversed(jobs):
+            if job is late:
+                why = f"no verdict within {worker.allowed(job):g} s"
+            elif late is None and job.place == places[0]:
+                why = f"the verifier's process died (exit code {code})"
+            else:
+                waiting.appendleft(job.number)
+                continue
+            scores[job.number] = Score(0.0, f"{job.reward}: {why}")
+        worker.jobs.clear()
 
 
 def _cores() -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from r1fast.rewards import lane
 from r1fast.rewards.inside import plain
 from r1fast.rewards.sandbox import Kind, Limits, SandboxError, Started, memory_file, start
 from r1fast.rewards.watch import POLL, Exceeded, Watch, pump
@@ -98,6 +99,7 @@ def execute(
 ) -> tuple[int, bytes]:
     """(exit code, standard output) of a program, its arguments the paths of `files`, which lie beside it. Exceeded
     where a limit ended it; SandboxError where it never began."""
+    lane.hold()
     with contextlib.ExitStack() as stack:
         ends = Pipes()
         stack.callback(ends.close)
@@ -155,6 +157,7 @@ class Calls:
     """One loaded program whose functions can be called, again and again, each call with a budget of its own."""
 
     def __init__(self, source: str, limits: Limits, kind: Kind) -> None:
+        lane.hold()
         self.limits = limits
         self._ends = Pipes()
         requests, self._requests = self._ends.pipe()

@@ -1,8 +1,12 @@
 """The clock beside a sandboxed program: what it and all it started have used, looked at from outside.
 
 Limits that a process sets on itself hold for it alone; a program with sixteen processes has sixteen of each. Here they
-are added up. Time is a program's own: the seconds it spent computing or waiting, without those it queued for a core, so
-that a busy machine makes nobody fail, and a program that sleeps is ended as soon as one that spins.
+are added up. Time is a program's own: the seconds it spent computing or waiting, without those it queued for a core or
+stood still, so that a busy machine makes nobody fail, and a program that sleeps is ended as soon as one that spins.
+
+In a pool, a program that has computed for SHARE seconds is stopped until no fresh one waits or no room is left (lane.py
+and pool.py). Priorities do not do it: each program is a session of its own, and with the kernel's autogroups a nice
+value counts within a session alone.
 """
 
 from __future__ import annotations
@@ -10,18 +14,21 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import time
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 
+from r1fast.rewards import lane
 from r1fast.rewards.sandbox import Limits, SandboxError, Started
 
 STARTUP = 30.0  # seconds until a program stands; 0.05 on a quiet machine
-POLL = 0.05  # seconds between looks, and four times that at a program older than a second
+POLL = 0.05  # seconds between looks; half of that at one younger than half a second, four times at one older than one
 PATIENCE = 8  # times its own seconds that a program may take on the wall, however long it queued
-# CPU seconds after which a program makes way, and its nice value then: a third of the weight. With 19 (a seventieth) a
-# right program of one second is starved by short ones on a busy machine.
-HOG, MANNERS = 0.5, 5
+SHARE = 0.1  # CPU seconds after which a program makes way; most right ones need a tenth of that
+WAITING = 0.15  # seconds of which it computes for less than a quarter: it waits, and needs no lane for that
+PASSES = 20  # looks for what a program has started while it is being stopped; two do, but for one that always forks
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -49,8 +56,11 @@ class Watch:
         self.began = time.monotonic()
         self.cpu = 0.0
         self._base = self._delay = 0.0  # CPU and queueing seconds before `began`
+        self._queued = 0.0  # as far as it was seen: a process that has ended takes its record along
         self._looked = self.began
-        self._demoted: set[int] = set()
+        self._lane = lane.current.get()
+        self._share = SHARE  # CPU seconds, all in all, at which it makes way
+        self._window = (0.0, 0.0)  # CPU and own seconds when it was last seen whether it waits
 
     def wait_ready(self) -> None:
         """Returns when all stand; SandboxError where one does not."""
@@ -65,17 +75,20 @@ class Watch:
             os.close(program.ready)
             program.ready = -1
         self.restart()
+        self._share += self._base
 
     def restart(self) -> None:
         """The budget of time anew, for the next of several tests."""
         self.began = time.monotonic()
         self._base = self._look()[0]
         self._delay = self._delays()
+        self._window = (self._base, 0.0)
 
     def check_sometimes(self) -> None:
         """`check`, at most every POLL seconds: a program that talks much must not be looked at for every word."""
         now = time.monotonic()
-        if now - self._looked >= (POLL if now - self.began < 1.0 else 4 * POLL):
+        age = now - self.began
+        if now - self._looked >= (POLL / 2 if age < 0.5 else POLL if age < 1.0 else 4 * POLL):
             self._looked = now
             self.check()
 
@@ -84,7 +97,7 @@ class Watch:
         cpu, memory = self._look()
         self.cpu = cpu - self._base
         wall = time.monotonic() - self.began
-        own = wall - max(0.0, self._delays() - self._delay)
+        own = wall - (self._delays() - self._delay)
         seconds = self.limits.seconds
         if max(self.cpu, own) > seconds:
             raise Exceeded(f"no end within {seconds:g} s")
@@ -93,26 +106,61 @@ class Watch:
             raise SandboxError(f"{busy}; lower rewards.workers")
         if memory > self.limits.memory:
             raise Exceeded(f"more than {self.limits.memory >> 20} MiB of memory")
+        if self._lane is not None:
+            self._make_way(cpu, own, memory)
+
+    # -- making way for others ---------------------------------------------------------------------------------------
+
+    def _make_way(self, cpu: float, own: float, memory: int) -> None:
+        if cpu > self._share:
+            self._park(memory)
+            self._window = (cpu, own)
+        elif self._lane.held and own - self._window[1] > WAITING:
+            if cpu - self._window[0] < WAITING / 4:
+                self._lane.leave(memory)
+                self._share = cpu + SHARE
+            self._window = (cpu, own)
+
+    def _park(self, memory: int) -> None:
+        """Stands still until there is a lane, which it then has for good; or keeps its lane if it cannot be stopped."""
+        since = time.monotonic()
+        if self._stop():
+            self._lane.park(memory)
+        self._signal(signal.SIGCONT)
+        self._share = inf
+        self.began += time.monotonic() - since
+
+    def _stop(self) -> bool:
+        """Whether all processes stand still; what one started before it stopped is found by looking again."""
+        stopped: set[int] = set()
+        for _ in range(PASSES):
+            found = set(self._processes())
+            if found <= stopped:
+                return True
+            self._signal(signal.SIGSTOP, found - stopped)
+            stopped |= found
+        return False
+
+    def _signal(self, number: int, pids: set[int] | None = None) -> None:
+        for pid in pids or self._processes():
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+
+    # -- what they use -----------------------------------------------------------------------------------------------
 
     def _processes(self) -> Iterator[int]:
         for program in self.programs:
             yield from tree(program.process.pid)
 
     def _look(self) -> tuple[float, int]:
-        """(CPU seconds, resident bytes) of all; whoever has computed much already makes way for the others."""
+        """(CPU seconds, resident bytes) of all."""
         ticks, pages = 0, 0
-        pids = list(self._processes())
-        for pid in pids:
+        for pid in self._processes():
             with contextlib.suppress(OSError, ValueError, IndexError):
                 with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
                     fields = file.read().rpartition(")")[2].split()
                 ticks += sum(map(int, fields[11:15]))  # its own and its ended children's, user and system
                 pages += int(fields[21])
-        if ticks / _TICK > HOG:
-            for pid in set(pids) - self._demoted:
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, pid, MANNERS)
-                self._demoted.add(pid)
         return ticks / _TICK, pages * _PAGE
 
     def _delays(self) -> float:
@@ -124,7 +172,8 @@ class Watch:
                 with contextlib.suppress(OSError, ValueError, IndexError):
                     longest = max(longest, int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]))
             total += longest / 1e9
-        return total
+        self._queued = max(self._queued, total)
+        return self._queued
 
 
 def pump(
@@ -142,7 +191,7 @@ def pump(
         while True:
             writers = [send[0]] if send and len(rest) else []
             wanted = [source] if gone else [source, ended]
-            readable, writable, _ = select.select(wanted, writers, [], 0.0 if gone else POLL)
+            readable, writable, _ = select.select(wanted, writers, [], 0.0 if gone else POLL / 2)
             if writable:
                 try:
                     rest = rest[os.write(send[0], rest[:4096]) :]
