@@ -1,7 +1,8 @@
 """`python -m benchmarks.sandbox`: what hostile programs cost honest ones in the same pool.
 
-Honest programs alone, then as many with every program of tests/hostile spread among them, then alone again, several
-times; the time counts until the last honest one is scored. One JSON a machine under benchmarks/results/.
+Honest programs alone, then as many with hostile ones spread among them, then alone again; the time counts until the
+last honest one is scored. Three rounds, each with a third of tests/hostile, so that load by others, which comes and
+goes, falls on both. One JSON a machine under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.kernels_vs_peers import RESULTS, processor
@@ -19,6 +20,7 @@ from r1fast.rewards.pool import RewardPool
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = sorted((ROOT / "tests" / "hostile").glob("*/*.py"))
+ROUNDS = 3
 HONEST = "n = int(input())\nprint(sum(i * i for i in range(n)) % 1000007, {mark!r})"
 
 
@@ -47,13 +49,11 @@ def hostile(path: Path, mark: str) -> tuple:
     return "code", f"```python\n{path.read_text()}```", forms.get(kind, check)
 
 
-def seconds(pool: Timed, count: int, mark: str, beside: bool) -> float:
-    """Until `count` honest programs are scored, with or without the hostile ones among them."""
+def seconds(pool: Timed, count: int, mark: str, among: Sequence[Path] = ()) -> float:
+    """Until `count` honest programs are scored, with the hostile ones of `among` spread between them."""
     items = [honest(f"{mark}-{i}") for i in range(count)]
-    if beside:
-        every = count // len(HOSTILE)
-        for number, path in reversed(list(enumerate(HOSTILE))):
-            items.insert(number * every, hostile(path, f"{mark} {number}"))
+    for number, path in reversed(list(enumerate(among))):
+        items.insert(number * count // len(among), hostile(path, f"{mark} {number}"))
     pool.watched, pool.done = frozenset(i for i, item in enumerate(items) if "range(n)" in item[1]), 0.0
     began = time.perf_counter()
     scores = pool.run(items)
@@ -63,37 +63,39 @@ def seconds(pool: Timed, count: int, mark: str, beside: bool) -> float:
     return pool.done - began
 
 
-def measured(pool: Timed, one_in: int, rounds: int) -> dict:
-    """Times with one program in `one_in` hostile, and ratios of the rounds: each to the mean before and after it."""
-    count = (one_in - 1) * len(HOSTILE)
-    alone, beside = [seconds(pool, count, f"{one_in} alone", False)], []
-    for turn in range(rounds):
-        beside.append(seconds(pool, count, f"{one_in} beside {turn}", True))
-        alone.append(seconds(pool, count, f"{one_in} after {turn}", False))
-    ratios = [among * 2 / (alone[i] + alone[i + 1]) for i, among in enumerate(beside)]
+def measured(pool: Timed, one_in: int) -> dict:
+    """Times with one program in `one_in` hostile, and how much longer the honest ones wait: each round against the mean
+    of the times alone before and after it."""
+    alone, beside, honest_ones = [], [], 0
+    for turn in range(ROUNDS):
+        among = HOSTILE[turn::ROUNDS]
+        count = (one_in - 1) * len(among)
+        times = [seconds(pool, count, f"{one_in} {turn} before")]
+        beside.append(seconds(pool, count, f"{one_in} {turn} beside", among))
+        times.append(seconds(pool, count, f"{one_in} {turn} after"))
+        alone.append(times)
+        honest_ones += count
+    mean = [sum(times) / 2 for times in alone]
     return {
-        "honest": count,
+        "honest": honest_ones,
         "alone_s": alone,
         "beside_s": beside,
-        "ratios": ratios,
-        "ratio": statistics.median(ratios),
-        "honest_per_second": {
-            "alone": count / statistics.median(alone),
-            "beside": count / statistics.median(beside),
-        },
+        "ratios": [among / one for among, one in zip(beside, mean, strict=True)],
+        "ratio": sum(beside) / sum(mean),
+        "honest_per_second": {"alone": honest_ones / sum(mean), "beside": honest_ones / sum(beside)},
+        "after_to_before": sum(after for _, after in alone) / sum(before for before, _ in alone),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one-in", type=int, nargs="+", default=[13, 7], help="of so many programs one is hostile")
-    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
     file = RESULTS / f"{name}-sandbox.json"
     with Timed() as pool:
-        seconds(pool, len(HOSTILE), "warm", False)
-        found = {f"one_in_{one_in}": measured(pool, one_in, args.rounds) for one_in in args.one_in}
+        seconds(pool, 50, "warm")
+        found = {f"one_in_{one_in}": measured(pool, one_in) for one_in in args.one_in}
         lanes = pool.size
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
     known = json.loads(file.read_text()) if file.exists() else {}
