@@ -12,12 +12,13 @@ namespace R1_ISA {
 // Sample standard deviation (ddof = 1) from the sum of squared deviations of `count` >= 2 rewards.
 R1_HD double sample_std(double squares, int64_t count) { return sqrt(squares / static_cast<double>(count - 1)); }
 
+// What a reward less its group's mean is multiplied by.
+R1_HD double advantage_scale(double std, double eps, bool normalize) { return normalize ? 1 / (std + eps) : 1; }
+
 // `varies`: not all rewards of the group are equal. A group that does not vary teaches nothing and gets exact zeros;
 // rounding in mean and std would else divide two errors and give it advantages of 1e-3.
 R1_HD float advantage(double reward, double mean, double std, double eps, bool varies, bool normalize) {
-  if (!varies) return 0.0f;
-  const double centred = reward - mean;
-  return static_cast<float>(normalize ? centred / (std + eps) : centred);
+  return varies ? static_cast<float>((reward - mean) * advantage_scale(std, eps, normalize)) : 0.0f;
 }
 
 }  // namespace R1_ISA
