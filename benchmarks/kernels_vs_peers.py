@@ -1,9 +1,11 @@
-"""`python -m benchmarks.kernels_vs_peers`: the GRPO loss behind the head beside what others do, forward and backward.
+"""`python -m benchmarks.kernels_vs_peers`: the GRPO loss behind the head and the draw of a token beside what others do.
 
 Contenders take turns, so that a change of the machine's mood meets all of them; a ratio is the median of the ratios of
 the turns, with the lowest and highest. Memory is the highest resident size above what was there, each contender in a
 process of its own with one call behind it (the peak of a kernel that is called again and again). Peers that are not
-installed are named with the command that would install them.
+installed are named with the command that would install them. The last line of the loss is no contender: the three
+matrix products that every loss needs, by torch.mm; what a peer takes over that is the most that can be saved of it
+with products of that rate.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ from statistics import median
 
 import torch
 
+from benchmarks import draws
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS, WIDTH, LOW, HIGH, KL = 4096, 512, 0.2, 0.2, 0.04
-NAMES = ("r1fast", "plain torch", "torch.compile", "TRL", "Liger")
+PRODUCTS = "three products alone"
+NAMES = ("r1fast", "plain torch", "torch.compile", "TRL", "Liger", PRODUCTS)
 PACKAGES = {"TRL": "trl", "Liger": "liger-kernel"}
 
 
@@ -59,6 +64,22 @@ def plain(hidden, weight, targets, *streams):
     return policy(plain_logp(hidden, weight, targets), *streams)
 
 
+class ThreeProducts(torch.autograd.Function):
+    """What no loss behind a head can do without, by torch.mm: the logits, and the products for both gradients. Not a
+    loss: in place of the slope stand the logits themselves."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        logits = hidden @ weight.T
+        ctx.save_for_backward(hidden, weight, logits)
+        return logits[0, 0]
+
+    @staticmethod
+    def backward(ctx, _):
+        hidden, weight, slope = ctx.saved_tensors
+        return slope @ weight, slope.T @ hidden
+
+
 def ours(*arguments):
     from r1fast_kernels import linear_grpo_loss
 
@@ -73,6 +94,8 @@ def contender(name: str):
         return plain
     if name == "torch.compile":
         return torch.compile(plain, dynamic=False)
+    if name == PRODUCTS:
+        return lambda hidden, weight, *_: ThreeProducts.apply(hidden, weight)
     if name == "TRL":  # what GRPOTrainer's model calls: trl.trainer.utils.add_fused_lm_head, with entropy
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
         from trl.trainer.utils import _ChunkedLogProbFunction as function
@@ -111,9 +134,8 @@ def resident() -> int:
 def peak(name: str, vocabulary: int) -> float:
     """MiB above what is resident before a call, looked at every millisecond, gradients included."""
     arguments, run = inputs(vocabulary), contender(name)
-    small = tuple(x.detach()[:ROWS].clone().requires_grad_(x.requires_grad) for x in arguments)
     if name == "torch.compile":
-        step(run, small)  # what the compiler itself takes is not the loss's
+        step(run, arguments)  # what the compiler itself takes is not the loss's
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what the inputs' making left would be used again, unseen
     before, found, done = resident(), [0], threading.Event()
@@ -142,7 +164,8 @@ def measure(vocabulary: int, turns: int, runs: dict) -> list[dict]:
     arguments = inputs(vocabulary)
     losses = {name: run(*arguments).item() for name, run in runs.items()}
     for name, loss in losses.items():
-        assert name == "Liger" or abs(loss - losses["r1fast"]) < 1e-5, f"{name}: {loss}, not {losses['r1fast']}"
+        same = abs(loss - losses["r1fast"]) < 1e-5
+        assert same or name in ("Liger", PRODUCTS), f"{name}: {loss}, not {losses['r1fast']}"
     seconds = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, run in runs.items():
@@ -178,7 +201,11 @@ def table(results: dict) -> str:
     peers = ", ".join(f"{name} {number}" for name, number in where["peers"].items())
     text = f"{results['rows_of_each']} rows x {results['width']}, float32, KL on; {where['processor']}, "
     text += f"{where['threads']} threads, torch {where['torch']}{', ' * bool(peers)}{peers}; {results['turns']} turns."
-    return "\n".join([*lines, "", text])
+    parts = ["\n".join(lines), text]
+    if results.get("draws"):
+        parts.append(f"A token of every row and its log-probability, same machine, {where['threads']} threads:")
+        parts.append(draws.table(results["draws"]))
+    return "\n\n".join(parts)
 
 
 def available() -> tuple[dict, dict]:
@@ -218,6 +245,8 @@ def main() -> int:
     for words in options.vocabulary:  # written as it grows: the large ones take minutes
         results["rows"] += measure(words, options.turns, runs)
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results["draws"] = draws.measure(options.turns)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{table(results)}\n\nwritten to {path.relative_to(ROOT)}")
     return 0
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import exact, gpu_results, kernels_vs_peers, sampling, scaling, snapshots
+from benchmarks import exact, gpu_results, kernels_vs_peers, row_kernels, sampling, scaling, snapshots
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +44,12 @@ def peers_part() -> str:
     found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-kernels_vs_peers.json")))
     tables = "\n\n".join(map(kernels_vs_peers.table, found))
     return tables or "No results are committed yet; docs/log.md has first numbers."
+
+
+def rows_part() -> str:
+    """What benchmarks.row_kernels left."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-row_kernels.json")))
+    return "\n\n".join(map(row_kernels.table, found)) or "No results are committed yet; docs/log.md has first numbers."
 
 
 def exact_part() -> str:
@@ -82,6 +88,7 @@ PARTS = {
     "tiny": tiny_part,
     "sampling": sampling_part,
     "peers": peers_part,
+    "rows": rows_part,
     "exact": exact_part,
     "gpu": gpu_results.page_part,
     "snapshots": snapshots_part,
