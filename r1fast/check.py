@@ -141,6 +141,7 @@ def _known_task(recipe: RecipeConfig, task: str, place: str) -> None:
 def _abilities(recipe: RecipeConfig, name: str, tasks: Mapping[str, Task]) -> None:
     stage = recipe.stages[name]
     if stage.kind == "pretrain":
+        _split(recipe, name)
         _needs(tasks[stage.task], "corpus", "documents to pretrain on", f"stages.{name}.task", tasks)
         for task in tasks.values():
             if task.words() is None:
@@ -162,6 +163,13 @@ def _abilities(recipe: RecipeConfig, name: str, tasks: Mapping[str, Task]) -> No
             )
         if protocol.general is not None:
             _needs(tasks[protocol.general], "measure", "measures of its own", "evaluation.general", tasks)
+
+
+def _split(recipe: RecipeConfig, name: str) -> None:
+    if recipe.parallel.tensor > 1:
+        from r1fast.model.tensor_parallel import check_split
+
+        check_split(recipe.stages[name].shape, recipe.parallel.tensor, f"stages.{name}.shape")
 
 
 def _needs(task: Task, ability: str, what: str, place: str, tasks: Mapping[str, Task]) -> None:
@@ -262,9 +270,11 @@ def _starts(recipe: RecipeConfig, need_inputs: bool) -> None:
         if folder in seen:
             continue
         seen.add(folder)
+        from r1fast.model.tensor_parallel import check_split
         from r1fast.model.weights import load_tokenizer, read_config
 
         config = read_config(Path(folder))
+        check_split(config, recipe.parallel.tensor, folder)
         if not any(Path(folder).glob("*.safetensors")):
             raise UserError(f"{folder}: no *.safetensors file in it, so it is no complete checkpoint")
         if load_tokenizer(folder) is None:

@@ -5,6 +5,10 @@ log-probs are split by `share` and put together by `collect`, gradients by addin
 rank holds the same numbers and takes the same decisions. With one process all of it is free of cost and of torch's
 process group.
 
+Where a model lies on several ranks (tensor parallelism), these are peers: neighbours that draw, score and learn the
+same, each with its part of every layer. The ranks are then a grid of data x tensor, and work is shared out over the
+columns of the grid: `rank` and `size` count peers as one.
+
 The engine is torch.distributed: NCCL between GPUs, gloo between CPUs.
 """
 
@@ -31,19 +35,37 @@ class World:
     rank: int = 0
     size: int = 1
     group: Any = None  # torch's process group; None: the one of all ranks
+    all: World | None = None  # every process; None: these are all
+    peers: World | None = None  # those that hold one model together with this one; None: it holds its own
+
+    @property
+    def everyone(self) -> World:
+        """Every process of the run, peers counted one by one."""
+        return self.all or self
+
+    def of_peers(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives on the first of the peers, on each of them: for what is dear, or has effects outside, and
+        must not be done once for every part of a model. Errors as of `map`."""
+        return work() if self.peers is None else self.peers.on_first(work)
+
+    @property
+    def speaks_for_peers(self) -> bool:
+        """Whether this rank is the one of its peers that does what only one should."""
+        return self.peers is None or self.peers.rank == 0
 
     def apart(self) -> World:
-        """The same ranks with a group of their own, over gloo: for a thread beside the one that computes."""
-        if self.size == 1:
+        """Every process, with a group of their own, over gloo: for a thread beside the one that computes."""
+        ranks = self.everyone
+        if ranks.size == 1:
             return self
         import torch.distributed as dist
 
-        return World(self.rank, self.size, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        return World(ranks.rank, ranks.size, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes and speaks."""
-        return self.rank == 0
+        return self.everyone.rank == 0
 
     def share(self, costs: Sequence[float]) -> list[list[int]]:
         """Which items each rank takes, of these costs: the dearest first, each to whoever has the least so far.
@@ -94,17 +116,18 @@ class World:
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """What `work` gives on the first rank, on every rank; the others only wait. Errors as of `map`."""
-        return self.map([None], lambda own: [work() for _ in own], [1.0])[0]
+        return self.everyone.map([None], lambda own: [work() for _ in own], [1.0])[0]
 
     def everywhere(self, work: Callable[[], Result]) -> list[Result]:
         """What `work` gives on each rank, on every rank. Errors as of `map`."""
-        return self.map(range(self.size), lambda own: [work() for _ in own], [1.0] * self.size)
+        ranks = self.everyone
+        return ranks.map(range(ranks.size), lambda own: [work() for _ in own], [1.0] * ranks.size)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether some rank has it set."""
-        if self.size == 1:
+        """For each flag, whether some process has it set."""
+        if self.everyone.size == 1:
             return flags
-        return tuple(map(any, zip(*self.gather(flags), strict=True)))
+        return tuple(map(any, zip(*self.everyone.gather(flags), strict=True)))
 
     def add(self, tensors: Sequence[Any]) -> None:
         """Replaces each tensor by the sum over all ranks, in place and in buckets."""
@@ -121,10 +144,10 @@ class World:
                 tensor.copy_(part.view_as(tensor))
 
     def barrier(self) -> None:
-        if self.size > 1:
+        if self.everyone.size > 1:
             import torch.distributed as dist
 
-            dist.barrier(self.group)
+            dist.barrier(self.everyone.group)
 
 
 _BUCKET = 64 << 20  # bytes; one message of this size is as fast as any, and the copy stays small
@@ -142,6 +165,9 @@ def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:
     yield bucket
 
 
+_grid: list[Any] = []  # the device mesh (data, tensor), within `joined` of a run whose models lie on several ranks
+
+
 def world() -> World:
     """This process's place; the only one where no process group has been joined."""
     if not os.environ.get("WORLD_SIZE"):
@@ -150,7 +176,16 @@ def world() -> World:
 
     if not (dist.is_available() and dist.is_initialized()):
         return World()
-    return World(dist.get_rank(), dist.get_world_size())
+    every = World(dist.get_rank(), dist.get_world_size())
+    if not _grid:
+        return every
+    data, peers = (World(m.get_local_rank(), m.size(), m.get_group()) for m in (_grid[0]["data"], _grid[0]["tensor"]))
+    return World(data.rank, data.size, data.group, every, peers)
+
+
+def tensor_mesh() -> Any:
+    """The device mesh of this rank's peers, one dimension; None where every rank holds its own models."""
+    return _grid[0]["tensor"] if _grid else None
 
 
 def launched() -> bool:
@@ -160,8 +195,9 @@ def launched() -> bool:
 
 def ranks_here() -> int:
     """Ranks on this machine. UserError where the machines of the run have different numbers of them."""
-    here, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world().size
-    if len(set(world().gather(here))) > 1 or size % here:
+    here, place = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world().everyone
+    size = place.size
+    if len(set(place.gather(here))) > 1 or size % here:
         raise UserError(
             f"parallel.shard=node needs the same number of processes on every machine, and this one has {here} of "
             f"{size}; give torchrun the same --nproc-per-node everywhere, or set parallel.shard=all"
@@ -170,10 +206,18 @@ def ranks_here() -> int:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def joined(device: str, tensor: int = 1) -> Iterator[World]:
     """Within the block this process is one of those that torchrun started; alone where it was not started so.
 
-    device: "cuda" takes one GPU for each process of a machine (LOCAL_RANK), "cpu" talks over gloo."""
+    device: "cuda" takes one GPU for each process of a machine (LOCAL_RANK), "cpu" talks over gloo. tensor: consecutive
+    ranks that hold each model together. UserError where these processes cannot be grouped so."""
+    started = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if started % tensor:
+        raise UserError(
+            f"parallel.tensor={tensor} needs a number of processes that is a multiple of it, and "
+            f"{'torchrun started' if launched() else 'here is'} {started}: start them with "
+            f"torchrun --nproc-per-node {tensor} -m r1fast.train ..."
+        )
     if not launched():
         yield World()
         return
@@ -190,6 +234,11 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(local)
     dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo", timeout=TIMEOUT)
     try:
+        if tensor > 1:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            _grid.append(init_device_mesh(device, (started // tensor, tensor), mesh_dim_names=("data", "tensor")))
         yield world()
     finally:
+        _grid.clear()
         dist.destroy_process_group()

@@ -177,13 +177,14 @@ class _Planner:
         return found.memory, found
 
     def _shape(self, start: str) -> tuple[DecoderConfig, int] | None:
-        """(configuration, parameters) of the models that descend from `start`."""
+        """(configuration, parameters) of the models that descend from `start`; of what a rank has of them."""
         if start not in self._shapes:
             self._shapes[start] = self._read_shape(start)
         return self._shapes[start]
 
     def _read_shape(self, start: str) -> tuple[DecoderConfig, int] | None:
         from r1fast.model.decoder_config import DecoderConfig
+        from r1fast.model.tensor_parallel import part_of
         from r1fast.model.tokenizer import SPECIALS
         from r1fast.model.weights import read_config
 
@@ -196,6 +197,7 @@ class _Planner:
             if folder is None:
                 return None
             config = read_config(Path(folder))
+        config = part_of(config, self.recipe.parallel.tensor)
         return config, parameter_count(config)
 
 
@@ -252,5 +254,10 @@ def print_plan(recipe: RecipeConfig, out: str) -> None:
         "tokens: at most, prompts and completions at their longest; memory: an estimate, at its greatest. Nothing was "
         "written."
     )
+    if (ranks := recipe.parallel.tensor) > 1:
+        console.print(
+            f"parallel.tensor={ranks}: memory is that of each of the {ranks} ranks that hold a model together: its "
+            f"heads, inner units and words, and their keys and values; norms are on every rank."
+        )
     if any(row.memory is None or row.tokens is None for row in stages):
         console.print("? is not known yet: give model.path=DIR (a Hugging Face folder) and data=FILE.")

@@ -82,6 +82,11 @@ def run(
     then, an existing run without either of the first two included.
     """
     out, place = Path(out), world()
+    if (here := 1 if place.peers is None else place.peers.size) != recipe.parallel.tensor:
+        raise UserError(
+            f"parallel.tensor is {recipe.parallel.tensor}, but these processes hold their models on {here}; start the "
+            f"run with torchrun --nproc-per-node {recipe.parallel.tensor} -m r1fast.train ..."
+        )
     place.on_first(lambda: _may_write(out, resume, fresh))
     tasks = check(recipe)
     device, dtype = resolve_device(recipe)

@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -337,6 +337,14 @@ class ParallelConfig(Strict):
 
     # Weights, gradients and optimizer state over all ranks (FSDP2), or over those of each machine (HSDP).
     shard: Literal["none", "all", "node"] = "none"
+    # Consecutive ranks that hold each model together, a part of every layer each: for one that no card can hold.
+    tensor: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ParallelConfig:
+        if self.tensor > 1 and self.shard != "none":
+            raise ValueError("tensor above 1 and shard other than none cannot be had together; leave one of them out")
+        return self
 
 
 class RecipeConfig(Strict):

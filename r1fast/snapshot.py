@@ -204,7 +204,7 @@ def _wrong(found: _Opened, place: World) -> str | None:
     """What is wrong with the files of a snapshot; None: they are as they were written."""
     names = list(found.files)
     costs = [float(size) for size, _ in found.files.values()]
-    wrongs = place.map(names, lambda own: [_wrong_file(found.path / n, *found.files[n]) for n in own], costs)
+    wrongs = place.everyone.map(names, lambda own: [_wrong_file(found.path / n, *found.files[n]) for n in own], costs)
     return next((wrong for wrong in wrongs if wrong is not None), None)
 
 

@@ -111,8 +111,8 @@ def train(recipe: RecipeConfig, out: Path, options: argparse.Namespace, argv: Se
         print(f"note: {told}", file=sys.stderr)
     try:
         with (
-            joined(choose_device(recipe.device)) as place,
-            for_output(order(recipe), place.rank) as progress,
+            joined(choose_device(recipe.device), recipe.parallel.tensor) as place,
+            for_output(order(recipe), place.everyone.rank) as progress,
             StopRequest(progress.warn).listening() as stop,
         ):
             summary = run(recipe, out, progress=progress, resume=options.resume, fresh=options.fresh, stop=stop)

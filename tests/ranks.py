@@ -17,10 +17,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(size: int, code: str, *arguments: object, timeout: float = 180) -> list:
+def run_ranks(size: int, code: str, *arguments: object, timeout: float = 180, tensor: int = 1) -> list:
     """What `code` leaves in its variable `result`, of each rank; `arguments` are its variable of that name.
 
-    The ranks have joined when it begins: `place` is a World. AssertionError with their words where one fails."""
+    The ranks have joined when it begins: `place` is a World.
+    tensor: so many hold each model together. AssertionError with their words where one fails."""
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "arguments"
         given.write_bytes(pickle.dumps(arguments))
@@ -28,9 +29,9 @@ def run_ranks(size: int, code: str, *arguments: object, timeout: float = 180) ->
             "import os, pickle, sys\nfrom pathlib import Path\nimport torch\ntorch.set_num_threads(1)\n"
             "from r1fast.parallel import joined\n"
             f"arguments = pickle.loads(Path({str(given)!r}).read_bytes())\n"
-            "with joined('cpu') as place:\n"
+            f"with joined('cpu', {tensor}) as place:\n"
             + "".join(f"    {line}\n" for line in code.splitlines())
-            + f"    Path({folder!r}, f'rank{{place.rank}}').write_bytes(pickle.dumps(result))\n"
+            + f"    Path({folder!r}, f'rank{{place.everyone.rank}}').write_bytes(pickle.dumps(result))\n"
         )
         shared = {
             **os.environ,

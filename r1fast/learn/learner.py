@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from r1fast.learn import parts
 from r1fast.learn.accumulation import Accumulated, Accumulation, Loss
 from r1fast.learn.masters import Masters
 from r1fast.learn.optimizer import Schedule, build_optimizer
@@ -21,6 +22,7 @@ from r1fast.learn.policy import PolicyLearning, train_policy
 from r1fast.learn.room import Room
 from r1fast.model.decoder import Decoder
 from r1fast.model.sharding import shared_like, whole
+from r1fast.model.tensor_parallel import is_split, tensor_of
 from r1fast.parallel import world
 from r1fast.types import StepStats
 
@@ -99,7 +101,7 @@ class Learner:
         gradients = self.gradients()
         if step.scale != 1.0:
             torch._foreach_mul_(gradients, step.scale)
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = self._norm(gradients)
         loss, norm, told = self._read(step, norm)
         rate = self.schedule(self.steps)
         self.steps += 1
@@ -123,6 +125,17 @@ class Learner:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         return [p.grad for p in self.parameters]
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Of the whole gradient, on every rank."""
+        tensor = tensor_of(self.model)
+        if tensor is not None:
+            return tensor.total_norm(gradients, [is_split(name) for name in self.names()])
+        return whole(torch.nn.utils.get_total_norm(gradients))
+
+    def names(self) -> list[str]:
+        """Of `parameters`, in the model."""
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _own_share(self, saved: dict) -> dict:
         """An optimizer's state of whole tensors, or of shares, cut as this rank's parameters are."""
@@ -154,7 +167,7 @@ class Learner:
 
     def state_dict(self) -> dict:
         """All that a resumed run needs besides the model's weights; of a sharded model, this rank's share of it."""
-        return {
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "skipped": self.skipped,
@@ -163,6 +176,7 @@ class Learner:
             "limit": self.room.limit,
             **({} if self.masters is None else self.masters.state_dict()),
         }
+        return parts.spread(self, state)
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError where the state is of a schedule of another length: the run would not go on the same."""
@@ -171,6 +185,7 @@ class Learner:
                 f"the saved learner was to run {state['total_steps']} steps, this one {self.schedule.total_steps}: "
                 f"resume with the same configuration, or start afresh"
             )
+        state = parts.own(self, state)
         self.optimizer.load_state_dict(self._own_share(state["optimizer"]))
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.micro_batch_tokens, self.room.limit = state["micro_batch_tokens"], state["limit"]

@@ -13,6 +13,7 @@ import torch
 
 from r1fast.learn.room import Room
 from r1fast.model.sharding import gathered
+from r1fast.model.tensor_parallel import tensor_of
 from r1fast.parallel import world
 from r1fast_kernels import grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
 
@@ -43,6 +44,16 @@ def trained_hidden(model: Decoder, batch: PackedBatch) -> Tensor:
     return hidden.index_select(0, batch.rows)
 
 
+def target_logprob(
+    model: Decoder, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(log-prob, entropy without gradient) of each target, float32 [N], whoever holds the words of the head."""
+    tensor = tensor_of(model)
+    if tensor is None:
+        return linear_logprob(hidden, model.head_weight, targets, temperature)
+    return tensor.logprob(hidden, model.head_weight, targets, temperature, model.config.vocab_size)
+
+
 def policy_loss(
     model: Decoder, batch: PackedBatch, objective: ObjectiveConfig, temperature: float = 1.0, on_policy: bool = False
 ) -> tuple[Tensor, BatchStats]:
@@ -56,21 +67,25 @@ def policy_loss(
     ref = batch.ref_logprob if objective.kl_coef else None
     clip = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
     kl = {"kl_coef": objective.kl_coef, "kl_kind": objective.kl_kind}
-    if objective.importance == "token":
+    if objective.importance == "token" and tensor_of(model) is None:
         streams = (old, ref, batch.advantage, batch.loss_weight)
         loss, found = linear_grpo_loss(
             hidden, model.head_weight, batch.targets, *streams, temperature=temperature, **clip, **kl
         )
         return loss, BatchStats(*found[:5], found.entropy.sum(), found.logp)
-    logp, entropy = linear_logprob(hidden, model.head_weight, batch.targets, temperature)
+    logp, entropy = target_logprob(model, hidden, batch.targets, temperature)
     streams = (old, ref, batch.advantage, batch.loss_weight)
-    rows, found = grpo_loss(logp, *streams, **clip, **kl, sequence_ids=batch.sequence, return_stats=True)
+    sequences = batch.sequence if objective.importance == "sequence" else None
+    rows, found = grpo_loss(logp, *streams, **clip, **kl, sequence_ids=sequences, return_stats=True)
     return rows.sum(), BatchStats(*found, entropy.sum(), logp.detach())
 
 
 def cross_entropy_loss(model: Decoder, batch: PackedBatch) -> tuple[Tensor, None]:
     """Supervised: the weighted sum of -log p(target)."""
-    loss, _ = linear_cross_entropy(trained_hidden(model, batch), model.head_weight, batch.targets, batch.loss_weight)
+    hidden = trained_hidden(model, batch)
+    if tensor_of(model) is not None:
+        return -(target_logprob(model, hidden, batch.targets)[0] * batch.loss_weight).sum(), None
+    loss, _ = linear_cross_entropy(hidden, model.head_weight, batch.targets, batch.loss_weight)
     return loss, None
 
 
@@ -83,7 +98,7 @@ def log_probs(
     room = room or Room(model)
 
     def work(batch: PackedBatch) -> Tensor:
-        return linear_logprob(trained_hidden(model, batch), model.head_weight, batch.targets, temperature)[0]
+        return target_logprob(model, trained_hidden(model, batch), batch.targets, temperature)[0]
 
     def share(own: list[PackedBatch]) -> list[Tensor]:
         found = room.each(own, work, torch.cat)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from r1fast.config import UserError
+from r1fast.model.tensor_parallel import tensor_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +62,7 @@ class Room:
                 for piece in pieces(batches[len(found)], self.limit):
                     parts.append(work(piece))
             except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
+                if not ran_out(error) or tensor_of(self.model) is not None:  # its peers are in the middle of a layer
                     raise
             else:
                 found.append(merge(parts) if len(parts) > 1 else parts[0])

@@ -11,6 +11,7 @@ For the tiny models the operators' dispatch is the run time, so the layers are p
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ from r1fast_kernels import (
     varlen_attention,
 )
 
+if TYPE_CHECKING:
+    from r1fast.model.tensor_parallel import TensorParallel
+
 __all__ = ["Decoder", "DecoderConfig", "PagedKV", "PagedStep"]
 
 # (number of the layer, the layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D] as projected) -> [T,Hq,D]: with the norms of q
@@ -42,8 +46,16 @@ Attend = Callable[[int, "Layer", Tensor, Tensor, Tensor], Tensor]
 class Layer(nn.Module):
     """One block: attention and the gated MLP. Its norms are applied by the decoder, each fused with a residual."""
 
-    def __init__(self, config: DecoderConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        tensor: TensorParallel | None = None,
+    ) -> None:
+        """config: with what this rank has of heads and inner units, where there are several."""
         super().__init__()
+        self.tensor = tensor
         hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
         self.split = (config.heads, config.kv_heads, config.kv_heads)
         self.head_dim = dim
@@ -78,11 +90,24 @@ class Layer(nn.Module):
 
     def product(self, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
         """x times the weight `name`, with what an adapter beside it adds."""
+        if self.tensor is not None:
+            return self.tensor.product(self, name, x, bias)
         y = linear(x, getattr(self, name), bias)
+        adapter = self.active_adapter(name)
+        return y if adapter is None else y + adapter(x)
+
+    def active_adapter(self, name: str) -> nn.Module | None:
+        """What is beside the weight `name` and not merged into it."""
         if self.adapters is None or name not in self.adapters:
-            return y
+            return None
         adapter = self.adapters[name]
-        return y + adapter(x) if adapter.active else y
+        return adapter if adapter.active else None
+
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weights that q and k are normed with; every rank norms its own heads with the same."""
+        if self.tensor is None or self.q_norm is None:
+            return self.q_norm, self.k_norm
+        return self.tensor.enter(self.q_norm), self.tensor.enter(self.k_norm)
 
 
 class Decoder(nn.Module):
@@ -94,20 +119,30 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         head: bool = True,
+        tensor: TensorParallel | None = None,
     ) -> None:
-        """All weights zero until loaded or initialised. `head=False` leaves the output head out (reward models)."""
+        """All weights zero until loaded or initialised. `head=False` leaves the output head out (reward models).
+        `tensor`: the ranks that hold it together (tensor_parallel.py); `config` is of the whole all the same."""
         super().__init__()
         self.config = config
+        self.tensor = tensor
+        self.local_config = config if tensor is None else tensor.local(config)  # this rank's heads and inner units
         self.weights_version = 0
         self.recompute = False  # keep only what enters each layer for the backward pass, and compute the rest again
-        table = (config.vocab_size, config.hidden_size)
+        words = config.vocab_size if tensor is None else len(tensor.words(config.vocab_size))
+        table = (words, config.hidden_size)
         self.embedding = nn.Parameter(torch.zeros(table, device=device, dtype=dtype))
-        self.layers = nn.ModuleList(Layer(config, device, dtype) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(self.local_config, device, dtype, tensor) for _ in range(config.layers))
         self.norm = nn.Parameter(torch.zeros(config.hidden_size, device=device, dtype=dtype))
         own_head = head and not config.tie_embeddings
         self.head = nn.Parameter(torch.zeros(table, device=device, dtype=dtype)) if own_head else None
         self.register_buffer("rope_cos", None, persistent=False)
         self.register_buffer("rope_sin", None, persistent=False)
+
+    @property
+    def parts(self) -> int:
+        """On how many ranks the model lies."""
+        return 1 if self.tensor is None else self.tensor.size
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +154,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H]: the head's own, or the embedding table where they are tied."""
+        """[V, H]: the head's own, or the embedding table where they are tied; of several ranks, this one's rows."""
         if self.head is not None:
             return self.head
         if self.config.tie_embeddings:
@@ -156,7 +191,8 @@ class Decoder(nn.Module):
 
         def attend(_: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if layer.q_norm is not None:
-                q, k = rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)
+                q_norm, k_norm = layer.head_norms()
+                q, k = rms_norm(q, q_norm, layer.eps), rms_norm(k, k_norm, layer.eps)
             q, k = rope(q, k, cos, sin, positions)
             if cu_groups is None:
                 return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
@@ -187,7 +223,7 @@ class Decoder(nn.Module):
     def _run(self, tokens: Tensor, attend: Attend) -> Tensor:
         eps, layers = self.config.norm_eps, list(self.layers)
         next_norms = [layer.input_norm for layer in layers[1:]] + [self.norm]
-        residual = F.embedding(tokens, self.embedding)
+        residual = self._embed(tokens)
         x = rms_norm(residual, layers[0].input_norm, eps)
 
         def block(index: int, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,8 +240,15 @@ class Decoder(nn.Module):
                 x, residual = block(index, x, residual)
         return x
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self.tensor is None:
+            return F.embedding(tokens, self.embedding)
+        return self.tensor.embed(tokens, self.embedding, self.config.vocab_size)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> float32 [..., V]. For sampling and tests; training never stores them (`linear_grpo_loss`)."""
+        if self.tensor is not None:
+            return self.tensor.logits(hidden, self.head_weight, self.config.vocab_size)
         return linear(hidden, self.head_weight).float()
 
     def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -238,11 +281,13 @@ class Decoder(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
 
-        def draw(parameter: Tensor, std: float) -> None:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        def draw(name: str, parameter: Tensor, std: float) -> None:
+            shape = parameter.shape if self.tensor is None else self.tensor.whole_shape(name, parameter, self.config)
+            whole = torch.randn(shape, generator=generator) * std
+            parameter.copy_(whole if self.tensor is None else self.tensor.part(name, whole, self.config))
 
         tied = self.config.tie_embeddings
-        draw(self.embedding, self.config.hidden_size**-0.5 if tied else embedding_std)
+        draw("embedding", self.embedding, self.config.hidden_size**-0.5 if tied else embedding_std)
         for name, parameter in self.layers.named_parameters():
             if name.endswith("_norm"):
                 parameter.fill_(1.0)
@@ -250,7 +295,8 @@ class Decoder(nn.Module):
                 parameter.zero_()
             else:
                 half = 0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
-                draw(parameter, half * parameter.shape[1] ** -0.5)
+                fan_in = self.local_config.hidden_size if half == 1.0 else parameter.shape[1] * self.parts
+                draw(name, parameter, half * fan_in**-0.5)
         self.norm.fill_(1.0)
         if self.head is not None:
             self.head.zero_()

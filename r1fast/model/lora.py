@@ -12,8 +12,9 @@ values back from a copy, so that leaving it is exact. The reference policy is th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from r1fast.model.decoder import Decoder, Layer
+from r1fast.model.tensor_parallel import split_of
+from r1fast.parallel import world
 
 if TYPE_CHECKING:
     from r1fast.model.decoder_config import DecoderConfig
+    from r1fast.model.tensor_parallel import TensorParallel
     from r1fast.schema import LoRAConfig
 
 _FUSED = {  # our weight -> (Hugging Face's module, its parts by the order of their rows)
@@ -49,9 +53,9 @@ class Adapter(nn.Module):
             nn.Parameter(weight.new_zeros((n, rank))) for n, is_target in zip(rows, targeted, strict=True) if is_target
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the adapters add to W x, [..., all rows]; zeros for parts without one."""
-        low = iter(F.linear(x, self.a).split(self.rank, -1))
+    def forward(self, x: Tensor, between: Callable[[Tensor], Tensor] = lambda low: low) -> Tensor:
+        """What the adapters add to W x, [..., all rows]; zeros for parts without one. between: done to A x."""
+        low = iter(between(F.linear(x, self.a)).split(self.rank, -1))
         b = iter(self.b)
         parts = [
             F.linear(next(low), next(b)) if is_target else x.new_zeros((*x.shape[:-1], n))
@@ -74,7 +78,7 @@ def add_adapters(model: Decoder, config: LoRAConfig, seed: int) -> None:
     +-1/sqrt(in), as peft draws it, B zero: the model computes what it did."""
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    sizes = model.config
+    sizes = model.local_config
     rows = {
         "qkv_proj": [sizes.heads * sizes.head_dim, *[sizes.kv_heads * sizes.head_dim] * 2],
         "o_proj": [sizes.hidden_size],
@@ -89,10 +93,22 @@ def add_adapters(model: Decoder, config: LoRAConfig, seed: int) -> None:
                 continue
             weight = getattr(layer, name)
             adapter = Adapter(weight, rows[name], targeted, config.rank, config.alpha / config.rank)
-            bound = weight.shape[1] ** -0.5
-            with torch.no_grad():
-                adapter.a.copy_((torch.rand(adapter.a.shape, generator=generator) * 2 - 1) * bound)
+            _draw(model, f"adapters.{name}.a", adapter.a, generator)
             layer.adapters[name] = adapter
+
+
+@torch.no_grad()
+def _draw(model: Decoder, name: str, a: Tensor, generator: torch.Generator) -> None:
+    """The same A however many ranks hold the model."""
+    tensor = model.tensor
+    shape = a.shape if tensor is None else tensor.whole_shape(name, a, model.config)
+    whole = (torch.rand(shape, generator=generator) * 2 - 1) * shape[1] ** -0.5
+    a.copy_(whole if tensor is None else tensor.part(name, whole, model.config))
+
+
+def _whole(model: Decoder, name: str, own: Tensor) -> Tensor:
+    split = None if model.tensor is None else split_of(name, model.config)
+    return own if split is None else model.tensor.whole(own, split[0], own.shape[split[0]] * model.tensor.size)
 
 
 def adapters(model: Decoder) -> Iterator[tuple[Layer, str, Adapter]]:
@@ -172,21 +188,32 @@ class BasePolicy:
         return self._model.head_weight
 
     @property
+    def tensor(self) -> TensorParallel | None:
+        return self._model.tensor
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self._model.config
+
+    @property
     def device(self) -> torch.device:
         return self._model.device
 
 
 def save_adapter(model: Decoder, config: LoRAConfig, base: str, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors as peft writes them. `base`: the checkpoint they belong to."""
-    tensors = {}
+    tensors, whole = {}, partial(_whole, model)
     for index, layer in enumerate(model.layers):
         for name, adapter in (layer.adapters or {}).items():
             module, parts = _FUSED[name]
             own = [part for part, is_target in zip(parts, adapter.targeted, strict=True) if is_target]
-            for part, a, b in zip(own, adapter.a.split(adapter.rank), adapter.b, strict=True):
+            both = whole(f"adapters.{name}.a", adapter.a), [whole(f"adapters.{name}.b", b) for b in adapter.b]
+            for part, a, b in zip(own, both[0].split(adapter.rank), both[1], strict=True):
                 prefix = f"base_model.model.model.layers.{index}.{module}.{part}"
                 tensors[f"{prefix}.lora_A.weight"] = a.detach().cpu().clone()
                 tensors[f"{prefix}.lora_B.weight"] = b.detach().cpu().clone()
+    if not world().first:
+        return
     told = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -35,6 +35,8 @@ log = logging.getLogger("r1fast.model")
 def refusal(model: Decoder, step: PagedStep, kv: PagedKV) -> str | None:
     """Why the step goes through the ops one by one, or None."""
     config = model.config
+    if model.tensor is not None:
+        return f"each of {model.tensor.size} ranks has a part of every layer, and they meet within it"
     if not step.tokens.is_cpu:
         return f"the step lives on {step.tokens.device}"
     if kv.keys.dtype is not torch.float32 or not (kv.keys.is_contiguous() and kv.values.is_contiguous()):

@@ -39,6 +39,10 @@ class RewardModel(nn.Module):
         return self.trunk.config
 
     @property
+    def tensor(self):
+        return self.trunk.tensor
+
+    @property
     def device(self) -> torch.device:
         return self.trunk.device
 

@@ -33,12 +33,18 @@ from r1fast.parallel import world
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from r1fast.model.tensor_parallel import TensorParallel
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 5 * 10**9  # Hugging Face's own shard size
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_SPLIT = {  # module in the files -> the dimension that is split over ranks (tensor_parallel.py's PLAN)
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"), 0),
+    **dict.fromkeys(("o_proj", "down_proj"), 1),
+}
 _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from the configuration
 
 
@@ -46,18 +52,22 @@ _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they 
 
 
 def load(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "float32",
+    tensor: TensorParallel | None = None,
 ) -> tuple[Decoder, PreTrainedTokenizerBase | None]:
     """A Llama, Qwen2/2.5 or Qwen3 checkpoint folder -> (Decoder, its tokenizer; None where the folder has none).
 
     dtype: "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, bfloat16 elsewhere); weights are converted.
+    tensor: the ranks that hold it together; each reads its part alone.
     The ids that end generation are those of config.json and generation_config.json together.
     Raises UserError: no such folder, unsupported architecture, a tensor missing, left over or of the wrong shape.
     """
     folder = Path(path)
     config = read_config(folder)
     _check_sizes(config, folder)
-    model = Decoder(config, device, resolve_dtype(dtype, device))
+    model = Decoder(config, device, resolve_dtype(dtype, device), tensor=tensor)
     _fill(model, named_views(model), folder, spare=("lm_head.weight",) if config.tie_embeddings else ())
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
@@ -66,13 +76,16 @@ def load(
 
 
 def load_reward_model(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "float32",
+    tensor: TensorParallel | None = None,
 ) -> tuple[RewardModel, PreTrainedTokenizerBase | None]:
     """What `save_reward_model` wrote (or a one-label `...ForSequenceClassification` of transformers)."""
     folder = Path(path)
     config = read_config(folder)
     _check_sizes(config, folder)
-    trunk = Decoder(config, device, resolve_dtype(dtype, device), head=False)
+    trunk = Decoder(config, device, resolve_dtype(dtype, device), head=False, tensor=tensor)
     model = RewardModel(trunk)
     _fill(model, {**named_views(trunk), "score.weight": model.score}, folder, spare=("lm_head.weight",))
     return model, load_tokenizer(folder)
@@ -135,8 +148,9 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch
 
 
 def named_views(model: Decoder) -> dict[str, Tensor]:
-    """Hugging Face's name -> view of the (fused) parameter that holds it. Writing into a view writes the model."""
-    config = model.config
+    """Hugging Face's name -> view of the (fused) parameter that holds it. Writing into a view writes the model. Of a
+    model on several ranks, this one's part of each: `_SPLIT` says of which dimension."""
+    config = model.local_config
     dim, inner = config.head_dim, config.intermediate_size
     qkv = (config.heads * dim, config.kv_heads * dim, config.kv_heads * dim)
     views = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
@@ -163,22 +177,56 @@ def named_views(model: Decoder) -> dict[str, Tensor]:
     return {name: view.detach() for name, view in views.items()}
 
 
+def split_dim(name: str) -> int | None:
+    """The dimension of a tensor in the files that is split where several ranks hold the model."""
+    words = name.split(".")
+    return _SPLIT.get(words[-2]) if words[-1] == "weight" or _SPLIT.get(words[-2]) == 0 else None
+
+
+def whole_views(model: Decoder) -> dict[str, Tensor]:
+    """`named_views`, of a model on several ranks put together, one after the other, on the CPU of the first of them
+    (the others get empty tensors). A collective of these ranks."""
+    views, tensor = named_views(model), model.tensor
+    if tensor is None:
+        return views
+    whole = _whole_rows(model.config)
+    found = {}
+    for name, view in views.items():
+        dim = split_dim(name)
+        value = view if dim is None else tensor.whole(view, dim, whole[name.split(".")[-2]])
+        found[name] = value.cpu() if tensor.rank == 0 else value.new_empty(0)
+    return found
+
+
+def _whole_rows(config: DecoderConfig) -> dict[str, int]:
+    """The whole size of the split dimension, by the module's name in the files."""
+    query, key, inner = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.intermediate_size
+    sizes = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
+    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner)
+    return sizes | dict.fromkeys(("embed_tokens", "lm_head"), config.vocab_size)
+
+
 def _fill(model: torch.nn.Module, views: dict[str, Tensor], folder: Path, spare: tuple[str, ...]) -> None:
-    """Copy every tensor of the files into its view; all must be there and, but for `spare`, no others."""
-    left = dict(views)
+    """Copy every tensor of the files into its view; all must be there and, but for `spare`, no others. Of a model on
+    several ranks, only this one's part is read."""
+    left, tensor, rows = dict(views), model.tensor, _whole_rows(model.config)
     with torch.no_grad():
-        for name, tensor in _tensors(folder):
+        for name, file in _tensors(folder):
             if name in spare or name.endswith(_IGNORED):
                 continue
             view = left.pop(name, None)
             if view is None:
                 why = "twice" if name in views else "which this architecture does not have"
                 raise UserError(f"{folder}: tensor {name!r} is in the files {why}")
-            if view.shape != tensor.shape:
-                raise UserError(
-                    f"{folder}: tensor {name!r} is {list(tensor.shape)}, config.json says {list(view.shape)}"
-                )
-            view.copy_(tensor)
+            dim = None if tensor is None else split_dim(name)
+            found, expected, part = list(file.get_slice(name).get_shape()), [*view.shape], [slice(None)] * view.dim()
+            if dim is not None:
+                expected[dim] = rows[name.split(".")[-2]]
+                own = tensor.words(expected[dim])
+                part[dim] = slice(own.start, own.stop)
+            if found != expected:
+                raise UserError(f"{folder}: tensor {name!r} is {found}, config.json says {expected}")
+            view.copy_(file.get_tensor(name) if dim is None else file.get_slice(name)[tuple(part)])
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise UserError(f"{folder}: tensor {next(iter(left))!r} is missing from the files{more}")
@@ -210,11 +258,12 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
             yield name, list(tensors.get_slice(name).get_shape())
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, the open file that holds it) of every tensor."""
     for file in _files(folder):
         with _opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118
-                yield key, tensors.get_tensor(key)
+                yield key, tensors
 
 
 @contextmanager
@@ -260,7 +309,8 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerBase | None, path: str | 
     Atomic, and an existing folder of that name is replaced (see `_replace`). Safetensors in the model's dtype.
     """
     with gathered(model):
-        _write(model.config, named_views(model), tokenizer, Path(path), {})
+        if model.tensor is None or world().rank == 0:
+            _write(model.config, whole_views(model), tokenizer, Path(path), {})
 
 
 def save_reward_model(model: RewardModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path) -> None:
@@ -279,7 +329,7 @@ def save_reward_model(model: RewardModel, tokenizer: PreTrainedTokenizerBase | N
         "label2id": {"reward": 0},
         "pad_token_id": config.eos_token_ids[0] if pad is None else pad,
     }
-    views = {**named_views(model.trunk), "score.weight": model.score.detach()}
+    views = {**whole_views(model.trunk), "score.weight": model.score.detach()}
     _write(config, views, tokenizer, Path(path), changes)
 
 

@@ -87,7 +87,7 @@ class ExactEngine(StepEngine):
 def _trial(model: Decoder, block_size: int) -> tuple[PagedStep, PagedKV]:
     """Random rows with contexts of up to `_COLUMNS` blocks over a random cache; the last block is each row's own."""
     rows, generator = _TRIAL[-1], torch.Generator().manual_seed(0)
-    kv = PagedKV.allocate(model.config, _COLUMNS + rows, block_size, model.device, model.dtype)
+    kv = PagedKV.allocate(model.local_config, _COLUMNS + rows, block_size, model.device, model.dtype)
     for cache in (kv.keys, kv.values):
         cache.copy_(torch.randn(cache.shape[1:], generator=generator))
     tokens = torch.randint(model.config.vocab_size, (rows,), generator=generator)

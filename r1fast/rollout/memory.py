@@ -39,7 +39,7 @@ class KVMemory:
 
     def prepare(self, longest: int, rows: int) -> None:
         """Room for a call whose sequences have up to `longest` blocks, of which `rows` run together."""
-        config, device, dtype = self.model.config, self.model.device, self.model.dtype
+        config, device, dtype = self.model.local_config, self.model.device, self.model.dtype
         blocks = self.kv_blocks
         per_block = PagedKV.bytes_per_block(config, self.block_size, dtype)
         free = None
@@ -48,6 +48,8 @@ class KVMemory:
             blocks = held
             if held < longest * rows:
                 free = free_memory(device) + held * per_block
+                if self.model.tensor is not None:  # ranks that hold a model together decode the same rows
+                    free = self.model.tensor.least(free)
                 blocks = max(longest, min(longest * rows, free // per_block // 2), held)
         kv = self.kv
         if kv is None or kv.blocks != blocks or kv.keys.device != device or kv.keys.dtype != dtype:

@@ -85,8 +85,8 @@ class Draws:
         self.stage: GRPOStage = ctx.stage
         self.sources = [self._source(i, entry) for i, entry in enumerate(self.stage.mix)]
         self.aside = not trained and any(self._waits(source.entry) for source in self.sources)
-        if self.stage.overlap == "always" and world().size > 1:
-            raise UserError(f"stages.{ctx.name}: overlap=always is for a single process, here are {world().size}")
+        if self.stage.overlap == "always" and (ranks := world().everyone.size) > 1:
+            raise UserError(f"stages.{ctx.name}: overlap=always is for a single process, here are {ranks}")
         self.early = early(self.stage)
         self.when = way(self.stage, ctx.device)
 
@@ -161,11 +161,11 @@ class Draws:
             with Scoring(scored, self.aside) as scoring:
                 feed = Feed(learn, scoring, self.when, self.ctx.device, self.timer)
                 self._sample_own([prompts[i] for i in own], [params[i] for i in own], scoring, feed)
-                groups = [scoring.result(i) for i in range(len(own))]
+                groups = world().of_peers(lambda: [scoring.result(i) for i in range(len(own))])
             waited = self.timer.seconds.get("score", 0.0) - before + feed.waited.get("score", 0.0)
             drawn.overlap["score"] += max(0.0, scoring.seconds - waited)
             drawn.overlap["learn"] += max(0.0, feed.seconds - feed.waited.get("learn", 0.0))
-            if world().size == 1:
+            if world().everyone.size == 1:
                 order[:] = feed.order
             return groups
 
@@ -216,6 +216,8 @@ class Draws:
             task = self.ctx.tasks[source.entry.task]
             own = [groups[i] for i in mine]
             given = {kind: ask(own) for kind, ask in self.trained.items() if kind in source.entry.rewards}
+            if not world().speaks_for_peers:  # who hears of the scores from the one that does
+                continue
             result = score(own, source.entry.rewards, task.verifier, pool=self.ctx.pool, given=given)
             for i, group in zip(mine, result, strict=True):
                 scored[i] = self._shape(group)
@@ -235,7 +237,8 @@ class Draws:
 def early(stage: GRPOStage) -> bool:
     """Whether groups can be learned from before all are there. Of several ranks each would have to wait for the others;
     which groups dynamic sampling keeps is known at the end; and adapters are merged while the sampler runs."""
-    return stage.overlap != "never" and world().size == 1 and not stage.dynamic_sampling and stage.adapters is None
+    alone = world().everyone.size == 1
+    return stage.overlap != "never" and alone and not stage.dynamic_sampling and stage.adapters is None
 
 
 def way(stage: GRPOStage, device: str) -> When:

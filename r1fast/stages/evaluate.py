@@ -149,17 +149,24 @@ class Evaluator:
 
         prompts = encode_problems(problems, self.tokenizer, self.max_length, sampling)
 
+        def unknown(prompt: Prompt) -> bool:
+            return answers.scored(part, prompt.id) is None and answers.drawn(part, prompt.id) is None
+
         def answer(own: list[Prompt]) -> list[Answered]:
+            """Peers draw what the one that speaks for them does not have; it alone keeps and judges."""
+            speaks, new = world().speaks_for_peers, world().of_peers(lambda: [unknown(prompt) for prompt in own])
             with Judging(judge) as judging:
                 missing = [p for p in own if answers.scored(part, p.id) is None]
                 for prompt in missing:
                     if (drawn := answers.drawn(part, prompt.id)) is not None:
                         judging.add(Answered(prompt, drawn))
-                wanted = [p for p in missing if answers.drawn(part, p.id) is None]
+                wanted = [prompt for prompt, is_new in zip(own, new, strict=True) if is_new]
                 for group in self._draw(wanted, prompts, sampling, n):
+                    if not speaks:
+                        continue
                     answers.keep(part, group.prompt.id, unscored(group), scored=False)
                     judging.add(Answered(group.prompt, unscored(group)))
-            return [Answered(prompt, answers.scored(part, prompt.id)) for prompt in own]
+            return world().of_peers(lambda: [Answered(prompt, answers.scored(part, prompt.id)) for prompt in own])
 
         found = Measured(world().map(prompts, answer, self.lengths.costs(prompts, n)))
         self.lengths.seen(prompts, [sum(s.tokens for s in a.samples) / len(a.samples) for a in found.answered])
@@ -271,8 +278,10 @@ def log_evaluation(
 
 
 def _answer_file(ctx: StageContext, on_scored: Callable[[list[Sample]], None] | None = None) -> AnswerFile:
-    """Each rank has its own: it draws and judges its share of the problems."""
+    """Each rank has its own: it draws and judges its share of the problems. Of peers one has it for all."""
     place = world()
+    if not place.speaks_for_peers:
+        return AnswerFile(None, {})
     name = ANSWERS if place.first else f"answers-{place.rank}.jsonl"
     return AnswerFile(ctx.directory / name, {"stage": ctx.name, "ranks": place.size, **ctx.snapshot_key}, on_scored)
 

@@ -11,7 +11,9 @@ from r1fast.learn.learner import Learner
 from r1fast.learn.memory import Asked, TrainingPlan, cache_bytes, plan_training
 from r1fast.model.decoder import Decoder
 from r1fast.model.lora import adapters, fold, save_adapter
+from r1fast.model.tensor_parallel import tensor_of
 from r1fast.model.weights import save
+from r1fast.parallel import world
 from r1fast.stages.inputs import checkpoint_path
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ def fit(
     """
     stage: GRPOStage | SFTStage | RewardModelStage = ctx.stage
     parameters = list(model.parameters())
-    width, free = parameters[0].element_size(), free_memory(ctx.device)
+    # all ranks must plan alike, or their micro-batches would differ
+    width, free = parameters[0].element_size(), min(world().everyone.gather(free_memory(ctx.device)))
+    config = config if (tensor := tensor_of(model)) is None else tensor.local(config)
     longest = ctx.recipe.model.max_length
     states = stage.optimizer.states
     plan = plan_training(

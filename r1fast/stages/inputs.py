@@ -16,6 +16,7 @@ import torch
 from r1fast.config import UserError
 from r1fast.learn.packing import Row, row_from_example
 from r1fast.model.sharding import shard
+from r1fast.model.tensor_parallel import peers
 from r1fast.model.tokenizer import apply_templates, decode, encode_completions, eos_token_ids, set_template
 from r1fast.model.weights import load
 from r1fast.parallel import ranks_here, world
@@ -46,7 +47,7 @@ def checkpoint_path(ctx: StageContext, source: str) -> Path:
 
 def start_model(ctx: StageContext, source: str) -> tuple[Decoder, PreTrainedTokenizerBase]:
     """The model and tokenizer of `from: source`, on the run's device, in the recipe's chat template."""
-    model, tokenizer = load(checkpoint_path(ctx, source), device=ctx.device, dtype=ctx.dtype)
+    model, tokenizer = load(checkpoint_path(ctx, source), device=ctx.device, dtype=ctx.dtype, tensor=peers())
     template = ctx.recipe.model.template
     if source not in ctx.artifacts and template != "checkpoint":
         set_template(tokenizer, template)

@@ -16,6 +16,7 @@ from r1fast.learn.packing import Row, loss_weights, pack
 from r1fast.metrics import PhaseTimer
 from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import DecoderConfig
+from r1fast.model.tensor_parallel import parameters_of, peers
 from r1fast.model.tokenizer import build_word_tokenizer, set_template
 from r1fast.model.weights import save
 from r1fast.stages.context import StageOutcome
@@ -67,7 +68,7 @@ def run(ctx: StageContext) -> StageOutcome:
         pad_token_id=tokenizer.pad_token_id,
         **stage.shape.model_dump(),
     )
-    model = Decoder(config, device=ctx.device, dtype=ctx.torch_dtype)
+    model = Decoder(config, device=ctx.device, dtype=ctx.torch_dtype, tensor=peers())
     model.initialize(ctx.seed)
     spread(ctx, model)
     learner = Learner(model, stage.optimizer, stage.steps)
@@ -90,7 +91,7 @@ def run(ctx: StageContext) -> StageOutcome:
             stats = learner.step(batch, cross_entropy_loss)
         log.step(step, stats, timer)
     save(model, tokenizer, ctx.directory / "checkpoint")
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = parameters_of(model)
     return StageOutcome(
         stats={"loss": log.recent_loss, "parameters": parameters, "vocabulary": len(tokenizer)},
         evaluation=evaluate_stage(ctx, model, tokenizer, stage.steps),

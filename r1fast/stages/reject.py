@@ -102,7 +102,7 @@ def run(ctx: StageContext) -> StageOutcome:
             with timer("sample"):
                 groups = sample_texts(sampler, own, params, tokenizer)
             with timer("score"):
-                return score(groups, kinds, task.verifier, pool=ctx.pool)
+                return world().of_peers(lambda: score(groups, kinds, task.verifier, pool=ctx.pool))
 
         part = prompts[start : start + CHUNK]
         groups, tokens = world().map(part, draw, lengths.costs(part, stage.samples)), 0

@@ -20,13 +20,14 @@ from r1fast.learn.preference import (
 )
 from r1fast.metrics import PhaseTimer
 from r1fast.model.reward_model import RewardModel
+from r1fast.model.tensor_parallel import peers
 from r1fast.model.tokenizer import apply_templates, encode_completions
 from r1fast.model.weights import load_reward_model, save_reward_model
 from r1fast.rewards.layout import tagged_answer
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.fitting import announce, fit
 from r1fast.stages.inputs import start_model
-from r1fast.stages.steps import Steps
+from r1fast.stages.steps import PolicyState, Steps
 from r1fast.stages.supervised import SupervisedLog
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class PreferenceReward:
     @classmethod
     def load(cls, ctx: StageContext, stage: str) -> PreferenceReward:
         """The reward model that the recipe's stage `stage` trained, frozen."""
-        model, tokenizer = load_reward_model(ctx.artifacts[stage] / "checkpoint", device=ctx.device, dtype=ctx.dtype)
+        folder, how = ctx.artifacts[stage] / "checkpoint", {"device": ctx.device, "dtype": ctx.dtype}
+        model, tokenizer = load_reward_model(folder, **how, tensor=peers())
         model.requires_grad_(False)
         return cls(model, Reading(tokenizer, ctx.recipe.stages[stage].scores))
 
@@ -107,7 +109,7 @@ def run(ctx: StageContext) -> StageOutcome:
     ctx.progress.stage(ctx.name, "reward_model", steps)
     announce(ctx, learner, plan)
     log, timer = SupervisedLog(ctx, steps), PhaseTimer()
-    loop = Steps(ctx, steps, {"model": model, "learner": learner, "log": log}, timer)
+    loop = Steps(ctx, steps, {"model": PolicyState(model), "learner": learner, "log": log}, timer)
     how = {"steps": steps, "first": loop.done, "seed": ctx.seed, "device": ctx.device}
     how["micro_batch_tokens"] = learner.micro_batch_tokens
     if stage.objective == "pairwise":

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from r1fast.config import UserError
+from r1fast.model.tensor_parallel import PARTS
 from r1fast.parallel import World
 
 STATE = "state.pt"
-_STANDS_FOR = "tensor in the shards"  # key of a dict that stands in state.pt for a sharded tensor: [name, shape]
+# Key of a dict that stands in state.pt for a sharded tensor: [name, shape], and of tensor parallelism which dimension.
+_STANDS_FOR = "tensor in the shards"
 
 
 def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -36,7 +38,8 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
         if not _is_sharded(value):
             return value
         shards[path[1:]] = value.detach()
-        return {_STANDS_FOR: [path[1:], list(value.shape)]}
+        dim = [value.placements[0].dim] if _is_part(path) else []
+        return {_STANDS_FOR: [path[1:], list(value.shape), *dim]}
 
     return visit(tree, ""), shards
 
@@ -54,6 +57,11 @@ def join(tree: Any, shards: dict[str, Tensor]) -> Any:
 
 def _is_sharded(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
+def _is_part(name: str) -> bool:
+    """Whether the tensor is a piece of a weight that several ranks hold together (model/tensor_parallel.py)."""
+    return name.rpartition(".")[0].endswith(f".{PARTS}")
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
@@ -119,11 +127,11 @@ def read(folder: Path, mesh: tuple[Any, Any] | None, parts: Any = None) -> dict[
     parts: the keys that are wanted; default: all. UserError where the shards are not all there."""
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=parts is not None)
     state = state if parts is None else {name: state[name] for name in parts if name in state}
-    wanted = {name: tuple(shape) for name, shape in _marks(state)}
+    wanted = {name: (tuple(shape), dim[0] if dim else None) for name, shape, *dim in _marks(state)}
     return join(state, _read_shards(folder, wanted, mesh)) if wanted else state
 
 
-def _marks(tree: Any) -> Iterator[tuple[str, list[int]]]:
+def _marks(tree: Any) -> Iterator[list[Any]]:
     if isinstance(tree, dict):
         if tree.keys() == {_STANDS_FOR}:
             yield tree[_STANDS_FOR]
@@ -134,22 +142,30 @@ def _marks(tree: Any) -> Iterator[tuple[str, list[int]]]:
             yield from _marks(value)
 
 
-def _read_shards(folder: Path, wanted: dict[str, tuple[int, ...]], mesh: tuple[Any, Any] | None) -> dict[str, Tensor]:
+def _read_shards(
+    folder: Path, wanted: dict[str, tuple[tuple[int, ...], int | None]], mesh: tuple[Any, Any] | None
+) -> dict[str, Tensor]:
+    """Cut where this run is split in the way of the run that wrote them; else whole, for who then takes its part."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.tensor import empty
+    from torch.distributed.tensor import Shard, empty
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     found = reader.read_metadata().state_dict_metadata
     targets: dict[str, Tensor] = {}
-    for name, size in wanted.items():
+    for name, (size, dim) in wanted.items():
         held = found.get(name)
         if held is None or tuple(held.size) != size or sum(math.prod(c.sizes) for c in held.chunks) != math.prod(size):
             raise UserError(f"{folder}: the shards do not hold all of {name!r}; --fresh starts the stage again")
         dtype = held.properties.dtype
-        if mesh is None:
+        placements = None if mesh is None else mesh[1]
+        if mesh is not None and placements is None and dim is not None:
+            placements = [Shard(dim)]
+        elif dim is not None:
+            placements = None
+        if placements is None:
             targets[name] = torch.empty(size, dtype=dtype)
         else:
-            targets[name] = empty(size, dtype=dtype, device_mesh=mesh[0], placements=mesh[1])
+            targets[name] = empty(size, dtype=dtype, device_mesh=mesh[0], placements=placements)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads for itself
         dcp.load(targets, storage_reader=reader, no_dist=True)
@@ -157,6 +173,7 @@ def _read_shards(folder: Path, wanted: dict[str, tuple[int, ...]], mesh: tuple[A
 
 
 def mesh_of(tree: Any) -> tuple[Any, Any] | None:
-    """(device mesh, placements) of the sharded tensors in `tree`; None where there is none."""
-    found = next(filter(_is_sharded, leaves(tree)), None)
-    return None if found is None else (found.device_mesh, found.placements)
+    """(device mesh, placements) of the sharded tensors in `tree`; None where there is none. Placements are None where
+    they are each weight's own (tensor parallelism)."""
+    name, found = next(iter(split(tree)[1].items()), ("", None))
+    return None if found is None else (found.device_mesh, None if _is_part(name) else found.placements)

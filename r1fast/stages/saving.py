@@ -105,7 +105,7 @@ class Saver:
     def _pays(self, plain: Any, shards: Mapping[str, torch.Tensor]) -> bool:
         if self._config.background != "auto":
             return self._config.background == "always"
-        own = sum(t.nbytes for t in leaves(plain)) + sum(t.nbytes // world().size for t in shards.values())
+        own = sum(t.nbytes for t in leaves(plain)) + sum(t.nbytes // world().everyone.size for t in shards.values())
         return own >= PAYS
 
     def _place_apart(self) -> World:

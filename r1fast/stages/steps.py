@@ -24,6 +24,7 @@ from r1fast import snapshot
 from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
 from r1fast.model.sharding import load_whole
+from r1fast.model.tensor_parallel import own_state, spread_state
 from r1fast.parallel import world
 from r1fast.stages import saved
 from r1fast.stages.nonfinite import Nonfinite
@@ -34,6 +35,7 @@ from r1fast.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from r1fast.model.decoder import Decoder
+    from r1fast.model.reward_model import RewardModel
     from r1fast.stages.best import Best
     from r1fast.stages.context import StageContext
 
@@ -47,17 +49,19 @@ class Stateful(Protocol):
 
 
 class PolicyState:
-    """A model that is sampled from: its weights and their version, which rollouts on disk are compared with."""
+    """A model: its weights, and the version that rollouts on disk are compared with where it is sampled from."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder | RewardModel) -> None:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self._model.state_dict(), "version": self._model.weights_version}
+        version = getattr(self._model, "weights_version", None)
+        return {"weights": spread_state(self._model, self._model.state_dict()), "version": version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_whole(self._model, state["weights"])
-        self._model.weights_version = state["version"]
+        load_whole(self._model, own_state(self._model, state["weights"]))
+        if state["version"] is not None:
+            self._model.weights_version = state["version"]
 
 
 class RandomState:
