@@ -234,11 +234,22 @@ def joined(device: str, tensor: int = 1) -> Iterator[World]:
         torch.cuda.set_device(local)
     dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        if tensor > 1:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            _grid.append(init_device_mesh(device, (started // tensor, tensor), mesh_dim_names=("data", "tensor")))
-        yield world()
+        with grouped(device, tensor):
+            yield world()
     finally:
-        _grid.clear()
         dist.destroy_process_group()
+
+
+@contextmanager
+def grouped(device: str, tensor: int) -> Iterator[None]:
+    """Within the block, `tensor` consecutive ranks hold each model together; 1: each rank its own. The number of ranks
+    must be a multiple of it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    before = _grid.copy()
+    shape = (world().everyone.size // tensor, tensor)
+    _grid[:] = [init_device_mesh(device, shape, mesh_dim_names=("data", "tensor"))] if tensor > 1 else []
+    try:
+        yield
+    finally:
+        _grid[:] = before

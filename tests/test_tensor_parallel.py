@@ -12,10 +12,6 @@ from r1fast.model.tensor_parallel import check_split, part_of
 from r1fast.parallel import World, joined
 from r1fast.plan import parameter_count, plan
 
-LEARN = """
-import tensor_learning
-result = {case: tensor_learning.learn(case) for case in arguments[0]}
-"""
 ALL = """
 import tensor_learning, torch
 from pathlib import Path
@@ -41,12 +37,15 @@ result["counted"] = len(counted)
 FOUR = """
 import tensor_learning
 from pathlib import Path
+from r1fast.parallel import grouped
 cases, of_two = arguments
 result = {
     "learned": {case: tensor_learning.learn(case) for case in cases},
     "of two": tensor_learning.go_on(Path(of_two), None),
     "share": (place.rank, place.size, place.peers.rank, place.first),
 }
+with grouped("cpu", 4):
+    result["of four"] = tensor_learning.learn("qwen2")
 """
 
 
@@ -109,6 +108,7 @@ def test_two_ranks_with_one_model(one, tmp_path):
     loaded, _ = load(tmp_path / "checkpoint", dtype=torch.float64)
     assert all(map(torch.equal, loaded.parameters(), tensor_learning.model_of("llama").parameters()))
     four = run_ranks(4, FOUR, ["qwen3", "adapters"], str(written), tensor=2)
+    same(four[0]["of four"], one["qwen2"])
     for found in four[:2]:
         assert found["of two"][0] == pytest.approx(alone[0][1:], abs=1e-6)
     same_weights(four[0]["of two"][1], alone[1])
@@ -116,12 +116,6 @@ def test_two_ranks_with_one_model(one, tmp_path):
         same(four[0]["learned"][case], one[case])
         same(four[2]["learned"][case], one[case])
     assert [f["share"] for f in four] == [(0, 2, 0, True), (0, 2, 1, False), (1, 2, 0, False), (1, 2, 1, False)]
-
-
-def test_four_ranks_with_one_model(one):
-    found = run_ranks(4, LEARN, ["qwen3", "qwen2"], tensor=4)
-    for case in ("qwen3", "qwen2"):
-        same(found[0][case], one[case])
 
 
 # -- what cannot be split ---------------------------------------------------------------------------------------------
@@ -179,3 +173,73 @@ def test_the_plan_is_of_what_a_rank_holds():
 
 def test_one_process_is_its_own_peer():
     assert World().of_peers(lambda: 3) == 3 and World().speaks_for_peers and World().everyone == World()
+
+
+# -- the command under torchrun ---------------------------------------------------------------------------------------
+
+SHORT = {"max_tokens": 12}
+STAGES = {
+    "base": {"kind": "pretrain", "task": "totals", "steps": 60, "evaluate": False},
+    "sft": {"kind": "sft", "from": "base", "data": [{"task": "totals", "limit": 16}], "epochs": 1, "batch_examples": 8, "evaluate": False},
+    "preference": {"kind": "reward_model", "from": "base", "task": "chat", "pairs": 16, "batch_pairs": 8},
+    "grpo": {
+        "kind": "grpo",
+        "from": "sft",
+        "mix": [{"task": "totals", "rewards": {"accuracy": 1.0, "format": 1.0, "preference": 1.0}}],
+        "reward_model": "preference",
+        "steps": 3,
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "sampling": SHORT,
+        "objective": {"kl_coef": 0.01},
+        "reference_refresh": 2,
+        "evaluate_every": 3,
+        "optimizer": {"learning_rate": 1e-3},
+    },
+    "lora": {
+        "kind": "sft",
+        "from": "sft",
+        "data": [{"task": "totals", "limit": 8}],
+        "epochs": 1,
+        "batch_examples": 8,
+        "adapters": {"rank": 2},
+        "evaluate": False,
+    },
+    "reject": {"kind": "reject", "from": "grpo", "task": "totals", "prompts": 8, "samples": 2, "sampling": SHORT,
+               "at_least": 0},
+}  # fmt: skip
+
+
+def test_the_command_over_two_ranks(tmp_path):
+    """Every kind of stage that trains, samples or scores: weights, rewards and evaluations are those of one process."""
+    from micro_run import MICRO, Silent
+    from safetensors.torch import load_file
+    from test_parallel import torchrun
+
+    from r1fast.config import dump_recipe
+    from r1fast.metrics import read_events
+    from r1fast.recipe import run
+    from r1fast.schema import RecipeConfig
+
+    asked = {**load_recipe("tiny", MICRO).model_dump(by_alias=True), "stages": STAGES}
+    asked["evaluation"] |= {"limit": 8, "samples": 2, "at_one": 0, "greedy": False, "sampling": SHORT}
+    recipe = RecipeConfig.model_validate(asked)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    out, whole = tmp_path / "two", tmp_path / "one"
+    process = torchrun(2, out, tmp_path / "recipe.yaml", "parallel.tensor=2")
+    run(recipe, whole, progress=Silent())
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, told
+    assert told.count("report:") == 1
+    for file in sorted(whole.glob("stages/*/*/*.safetensors")):
+        ours, theirs = load_file(out / file.relative_to(whole)), load_file(file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=5e-4, msg=lambda why, f=file: f"{f}: {why}")
+    steps = [[e for e in read_events(place) if e["event"] == "step"] for place in (out, whole)]
+    assert [(e["stage"], e["step"]) for e in steps[0]] == [(e["stage"], e["step"]) for e in steps[1]]
+    drawn = [[(e["rewards"]["format"], e["response_length"]) for e in s if e["kind"] == "grpo"] for s in steps]
+    assert drawn[0][:2] == drawn[1][:2]  # later ones may differ by a token that rounding decides
+    assert (out / "stages/lora/adapter/adapter_model.safetensors").is_file()
+    answers = sorted(p.name for p in out.glob("stages/*/answers*"))
+    assert set(answers) == {"answers.jsonl"}  # one of the two has drawn, judged and kept them
