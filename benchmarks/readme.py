@@ -13,7 +13,16 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import exact, gpu_results, kernels_vs_peers, row_kernels, sampling, scaling, snapshots
+from benchmarks import (
+    exact,
+    gpu_results,
+    kernels_vs_peers,
+    row_kernels,
+    sampling,
+    scaling,
+    snapshots,
+    tensor_scaling,
+)
 from r1fast.report import markdown_table, write_picture
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +103,7 @@ PARTS = {
     "snapshots": snapshots_part,
     "scaling": scaling_part,
     "predicted": scaling.predicted_table,
+    "tensor": tensor_scaling.tensor_table,
 }
 PAGE_NAMES = ("kernels", "sampling", "gpu", "reliability", "scaling")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES))

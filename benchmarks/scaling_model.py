@@ -71,8 +71,13 @@ class Counted(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
         if func.namespace == "c10d":
-            self._count(func.__name__.split(".")[0], args)
+            self._count(name, args)
+        elif (func.namespace, name) == ("_c10d_functional", "all_reduce"):  # DTensor's
+            from torch.distributed.distributed_c10d import _resolve_process_group
+
+            self._sum(args[0].nbytes, _resolve_process_group(args[2]).size())
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Any) -> None:
@@ -83,10 +88,12 @@ class Counted(TorchDispatchMode):
         elif name == "allreduce_":
             from torch.distributed.distributed_c10d import ProcessGroup
 
-            ranks = ProcessGroup.unbox(args[1]).size()
-            self.bytes["added"] += round(2 * sum(t.nbytes for t in args[0]) * (ranks - 1) / ranks)
+            self._sum(sum(t.nbytes for t in args[0]), ProcessGroup.unbox(args[1]).size())
         elif name == "allgather_":
             self.bytes["objects"] += sum(t.nbytes for part in args[0] for t in part) - sum(t.nbytes for t in args[1])
+
+    def _sum(self, size: int, ranks: int) -> None:
+        self.bytes["added"] += round(2 * size * (ranks - 1) / ranks)
 
 
 # -- seconds ------------------------------------------------------------------------------------------------------

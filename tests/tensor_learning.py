@@ -10,14 +10,17 @@ import torch
 from learning import group
 from torch import Tensor
 
+from benchmarks.scaling_model import Counted
+from benchmarks.tensor_scaling import sent, summed
 from r1fast.learn.learner import Learner
 from r1fast.learn.losses import cross_entropy_loss
 from r1fast.learn.packing import loss_weights, pack, row_from_example
 from r1fast.model.decoder import Decoder, DecoderConfig
 from r1fast.model.lora import add_adapters, fold
+from r1fast.model.names import whole_views
 from r1fast.model.reward_model import RewardModel
 from r1fast.model.tensor_parallel import parameters_of, peers
-from r1fast.model.weights import clone, whole_views
+from r1fast.model.weights import clone
 from r1fast.rollout.sampler import Sampler, SamplingParams
 from r1fast.schema import CheckpointConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig
 from r1fast.stages.saved import mesh_of, read
@@ -93,6 +96,17 @@ def learn(case: str) -> dict:
         "weights": {key: value.clone() for key, value in whole_views(model).items()},
         "parameters": (whole, own),
     }
+
+
+def counted(recompute: bool) -> tuple[int, float]:
+    """(bytes that a rank sent for the gradient of three micro-batches, what the cost model says) of two ranks."""
+    model, rows = model_of("qwen3"), [row_from_example([1, 2, 3], [4, 5, 6, 7, 8])] * 6
+    model.recompute = recompute
+    learner, batches = Learner(model, OptimizerConfig(), 1), pack(rows, loss_weights(rows, "token"), 20)
+    with Counted() as found:
+        learner.accumulate(batches, cross_entropy_loss)
+    sizes = [(batch.tokens.shape[0], batch.targets.shape[0], 8, recompute) for batch in batches]
+    return found.bytes["added"], sum(sent(summed(model.config, *size), 2) for size in sizes)
 
 
 def sample() -> tuple:

@@ -30,6 +30,7 @@ result = {
     "of one": tensor_learning.go_on(Path(of_one), None),
     "saved": tensor_learning.go_on(None, folder / "snapshots"),
     "asked": place.of_peers(lambda: counted.append(1) or place.everyone.rank),
+    "bytes": [tensor_learning.counted(recompute) for recompute in (False, True)],
     "half": tensor_learning.go_on(None, folder / "half", torch.bfloat16, "bfloat16"),
 }
 result["counted"] = len(counted)
@@ -90,6 +91,7 @@ def test_two_ranks_with_one_model(one, tmp_path):
         torch.testing.assert_close(found["sampled"][2], logits, rtol=0, atol=1e-5)  # float32
         assert [x for r in found["sampled"][1] for x in r] == pytest.approx([x for r in logprobs for x in r], abs=1e-5)
         assert found["read"] and found["asked"] == 0
+        assert all(moved == told > 0 for moved, told in found["bytes"])
     assert (first["counted"], other["counted"]) == (1, 0)
     # resumed: one's on two, two's on one (and below on four)
     assert first["of one"][0] == pytest.approx(alone[0][1:], abs=1e-6)
@@ -180,7 +182,8 @@ def test_one_process_is_its_own_peer():
 SHORT = {"max_tokens": 12}
 STAGES = {
     "base": {"kind": "pretrain", "task": "totals", "steps": 60, "evaluate": False},
-    "sft": {"kind": "sft", "from": "base", "data": [{"task": "totals", "limit": 16}], "epochs": 1, "batch_examples": 8, "evaluate": False},
+    "sft": {"kind": "sft", "from": "base", "data": [{"task": "totals", "limit": 16}], "epochs": 1, "batch_examples": 8,
+            "evaluate": False},
     "preference": {"kind": "reward_model", "from": "base", "task": "chat", "pairs": 16, "batch_pairs": 8},
     "grpo": {
         "kind": "grpo",

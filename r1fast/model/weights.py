@@ -1,8 +1,7 @@
 """Checkpoints in Hugging Face format, in and out: what every stage reads and writes.
 
-Inside, q, k and v are one tensor and gate and up another; on disk they have Hugging Face's names. `named_views` is the
-one table between the two: views of the fused parameters under the names of the file, which loading copies into and
-saving copies from. Writing is atomic: a folder appears whole under its name or not at all.
+Loading copies into the views of the model's weights that names.py has under the names of the files, saving from them.
+Writing is atomic: a folder appears whole under its name or not at all.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch import Tensor
 from r1fast.config import UserError
 from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import ARCHITECTURES, DecoderConfig, token_ids
+from r1fast.model.names import named_views, split_dim, whole_rows, whole_views
 from r1fast.model.reward_model import RewardModel
 from r1fast.model.sharding import gathered
 from r1fast.parallel import world
@@ -41,10 +41,6 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_SPLIT = {  # module in the files -> the dimension that is split over ranks (tensor_parallel.py's PLAN)
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"), 0),
-    **dict.fromkeys(("o_proj", "down_proj"), 1),
-}
 _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from the configuration
 
 
@@ -147,69 +143,10 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch
     return DTYPES[dtype]
 
 
-def named_views(model: Decoder) -> dict[str, Tensor]:
-    """Hugging Face's name -> view of the (fused) parameter that holds it. Writing into a view writes the model. Of a
-    model on several ranks, this one's part of each: `_SPLIT` says of which dimension."""
-    config = model.local_config
-    dim, inner = config.head_dim, config.intermediate_size
-    qkv = (config.heads * dim, config.kv_heads * dim, config.kv_heads * dim)
-    views = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    for index, layer in enumerate(model.layers):
-        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
-        for kind, projection, bias in (
-            ((attention, ("q_proj", "k_proj", "v_proj"), qkv), layer.qkv_proj, layer.qkv_bias),
-            ((attention, ("o_proj",), (config.hidden_size,)), layer.o_proj, layer.o_bias),
-            ((mlp, ("gate_proj", "up_proj"), (inner, inner)), layer.gate_up_proj, layer.gate_up_bias),
-            ((mlp, ("down_proj",), (config.hidden_size,)), layer.down_proj, layer.down_bias),
-        ):
-            prefix, names, rows = kind
-            for suffix, fused in (("weight", projection), ("bias", bias)):
-                if fused is not None:
-                    parts = fused.detach().split(rows)
-                    views |= {f"{prefix}.{name}.{suffix}": part for name, part in zip(names, parts, strict=True)}
-        views[f"model.layers.{index}.input_layernorm.weight"] = layer.input_norm
-        views[f"model.layers.{index}.post_attention_layernorm.weight"] = layer.post_norm
-        if config.qk_norm:
-            views[f"{attention}.q_norm.weight"] = layer.q_norm
-            views[f"{attention}.k_norm.weight"] = layer.k_norm
-    if model.head is not None:
-        views["lm_head.weight"] = model.head
-    return {name: view.detach() for name, view in views.items()}
-
-
-def split_dim(name: str) -> int | None:
-    """The dimension of a tensor in the files that is split where several ranks hold the model."""
-    words = name.split(".")
-    return _SPLIT.get(words[-2]) if words[-1] == "weight" or _SPLIT.get(words[-2]) == 0 else None
-
-
-def whole_views(model: Decoder) -> dict[str, Tensor]:
-    """`named_views`, of a model on several ranks put together, one after the other, on the CPU of the first of them
-    (the others get empty tensors). A collective of these ranks."""
-    views, tensor = named_views(model), model.tensor
-    if tensor is None:
-        return views
-    whole = _whole_rows(model.config)
-    found = {}
-    for name, view in views.items():
-        dim = split_dim(name)
-        value = view if dim is None else tensor.whole(view, dim, whole[name.split(".")[-2]])
-        found[name] = value.cpu() if tensor.rank == 0 else value.new_empty(0)
-    return found
-
-
-def _whole_rows(config: DecoderConfig) -> dict[str, int]:
-    """The whole size of the split dimension, by the module's name in the files."""
-    query, key, inner = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.intermediate_size
-    sizes = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
-    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner)
-    return sizes | dict.fromkeys(("embed_tokens", "lm_head"), config.vocab_size)
-
-
 def _fill(model: torch.nn.Module, views: dict[str, Tensor], folder: Path, spare: tuple[str, ...]) -> None:
     """Copy every tensor of the files into its view; all must be there and, but for `spare`, no others. Of a model on
     several ranks, only this one's part is read."""
-    left, tensor, rows = dict(views), model.tensor, _whole_rows(model.config)
+    left, tensor, rows = dict(views), model.tensor, whole_rows(model.config)
     with torch.no_grad():
         for name, file in _tensors(folder):
             if name in spare or name.endswith(_IGNORED):
