@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from r1fast.rewards.base import Reference, Reward, register
 from r1fast.rewards.layout import THINK_END, boxed, tagged_answer
-from r1fast.rewards.numbers import first_number, last_number
+from r1fast.rewards.numbers import first_number, joined, last_number
 
 # `A: 18`, `answer : 18`, `the answer is 18`; the number follows within the line.
 _STATEMENT = re.compile(r"\b(?:A|answer|答案)[ \t]{0,8}(?:[:：]|\bis\b|是)", re.IGNORECASE)
@@ -28,7 +28,7 @@ def final_number(completion: str) -> Fraction | None:
     """
     tagged = tagged_answer(completion)
     if tagged is not None:
-        return last_number(boxed(tagged) or tagged)
+        return last_number(joined((boxed(tagged) or tagged).strip()))
     after = completion.rpartition(THINK_END)[2]
     completion = after if _DIGIT.search(after) else completion
     marks = [mark.end() for mark in _MARK.finditer(completion)]
@@ -36,7 +36,7 @@ def final_number(completion: str) -> Fraction | None:
         return _stated(completion, marks[-1])
     inside = boxed(completion)
     if inside is not None:
-        return last_number(inside)
+        return last_number(joined(inside.strip()))
     ends = [stated.end() for stated in _STATEMENT.finditer(completion)]
     if ends:
         return _stated(completion, ends[-1])
@@ -47,7 +47,7 @@ def _stated(completion: str, at: int) -> Fraction | None:
     """The number that the line from `at` on states: its first, or what its sum comes to."""
     line = completion[at : at + _LINE].split("\n", 1)[0]
     summed = _SUM.match(line)
-    return first_number(line[summed.end() :] if summed else line)
+    return first_number(joined((line[summed.end() :] if summed else line).strip()))
 
 
 @register("gsm8k")
@@ -60,7 +60,7 @@ class GSM8K(Reward):
 
     def judge(self, completion: str, reference: Reference) -> float:
         text = str(reference)
-        right = first_number(text.rpartition("####")[2]) if "####" in text else last_number(text)
+        right = first_number(joined(text.rpartition("####")[2].strip())) if "####" in text else last_number(text)
         if right is None:
             raise ValueError(f"the reference has no number: {text[-80:]!r}")
         return float(final_number(completion) == right)

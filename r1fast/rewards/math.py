@@ -149,6 +149,17 @@ def _decimal(value: object) -> bool:
     return value.atoms() == value.atoms(Number) and all(power.exp.is_Integer for power in value.atoms(Pow))
 
 
+def _complex(reading: list) -> list:
+    """`reading` with `i` as the root of -1, where it is the only letter: for math-verify it is one like any other."""
+    from sympy import I
+
+    def meant(value: object) -> object:
+        letters = getattr(value, "free_symbols", set())
+        return value.subs(dict.fromkeys(letters, I)) if {letter.name for letter in letters} == {"i"} else value
+
+    return [meant(value) for value in reading]
+
+
 def _far_apart(ours: list, gold: list) -> bool:
     """Whether both are plain numbers whose values differ by a thousandth and more: then no algebra makes them equal.
     Half of all wrong answers, at a twentieth of math-verify's time for them; and it, which rounds to six places, takes
@@ -206,7 +217,7 @@ class Math(Reward):
         gold = _parsed(right)
         if not gold:
             raise ValueError(f"math-verify cannot read the reference {right[:80]!r}")
-        ours = _parsed(found)
+        gold, ours = _complex(gold), _complex(_parsed(found))
         if "%" not in right + found and _far_apart(ours, gold):
             return 0.0
         try:

@@ -93,7 +93,7 @@ _KINDS = {  # kind of quantity -> names of a unit and its size
              "day days": 86_400, "week weeks": 604_800},
     "length": {"mm millimeter millimeters": 1, "cm centimeter centimeters centimetres": 10,
                "m meter meters metre metres": 1000, "km kilometer kilometers kilometres": 1_000_000,
-               "inch inches": Fraction("25.4"), "foot feet ft": Fraction("304.8"), "yard yards": Fraction("914.4"),
+               "inch inches in": Fraction("25.4"), "foot feet ft": Fraction("304.8"), "yard yards": Fraction("914.4"),
                "mile miles": Fraction(1_609_344)},
     "mass": {"g gram grams": 1, "kg kilogram kilograms": 1000, "mg milligram milligrams": Fraction(1, 1000),
              "ounce ounces oz": Fraction("28.349523125"), "pound pounds lb lbs": Fraction("453.59237")},
@@ -105,27 +105,47 @@ _UNITS = {
     for name in names.split()
 }  # fmt: skip
 _WITH_UNIT = re.compile(
-    r"(.*[\d})])(?:\\[,;: ]|[\s~])*(?:" + _TEXT + r"\s*\{[\s~]*([a-z]+)\.?\s*\}|(?<=[\s~])([a-z]{2,}))"
+    r"(.*[\d})])(?:\\[,;: ]|[\s~])*(?:" + _TEXT + r"\s*\{([a-z .~]*)(\^\{?\d\}?)?\s*\}|(?<=[\s~])([a-z][a-z .]*))"
+    r"(\^\{?\d\}?)?"
 )
+_LETTER = re.compile(r"(?:^|[^\\A-Za-z{])[A-Za-z](?:$|[^A-Za-z}])")  # alone: `5 m` may be a product
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 
 def _quantity(text: str) -> tuple[str, str, Fraction] | None:
-    """The number, its kind and the size of its unit, of a text that ends with a unit that is known."""
+    """The number, its kind and the size of its unit, of a text that ends with a known unit or a power of one."""
     text = text.strip().strip("$").strip()
     if text.startswith("\\$"):
         return text[2:], "money", Fraction(100)
     found = _WITH_UNIT.fullmatch(text)
-    unit = found and _UNITS.get(found[2] or found[3])
-    return (found[1], *unit) if unit else None
+    if found is None:
+        return None
+    said = re.sub(r"[.~]", " ", found[2] or found[4] or "").split()
+    powers = [_POWERS[word] for word in said if word in _POWERS]
+    powers += [int(power.strip("^{}")) for power in (found[3], found[5]) if power]
+    names = [word for word in said if word not in _POWERS]
+    if len(names) != 1 or len(powers) > 1 or names[0] not in _UNITS:
+        return None
+    kind, size = _UNITS[names[0]]
+    power = powers[0] if powers else 1
+    return found[1], kind if power == 1 else f"{kind}^{power}", size**power
 
 
 def same_unit(found: str, gold: str) -> bool | None:
-    """False where both name a unit and the two are not of one kind (12 minutes, 12 meters); where they are but differ,
-    whether the quantities are equal (1 hour, 60 minutes); None where units decide nothing."""
+    """Whether two quantities are equal, where units decide it; None where they do not.
+
+    False where both name a unit and the two are not of one kind (12 minutes, 12 meters; 5 cm, 5 cm^2); where they are,
+    by their numbers (1 hour, 60 minutes). Where one alone names a unit, the same number is the same answer.
+    """
     one, two = _quantity(found), _quantity(gold)
-    if one is None or two is None or one[1:] == two[1:]:
+    if one is None and two is None:
         return None
-    numbers = [plain_number(text) for text, _, _ in (one, two)]
+    numbers = [plain_number(text if known is None else known[0]) for text, known in ((found, one), (gold, two))]
+    equal = None not in numbers and numbers[0] == numbers[1]
+    if one is None or two is None:
+        return True if equal and (one or two)[1] != "money" and not _LETTER.search(found + gold) else None
+    if one[1:] == two[1:]:
+        return equal or None
     if one[1] != two[1] or None in numbers:
         return False
     return Fraction(numbers[0]) * one[2] == Fraction(numbers[1]) * two[2]

@@ -19,12 +19,15 @@ _NUMBER = re.compile(
     r"|(?<![0-9])\.[0-9]+"
 )
 _FRACTION = re.compile(r"([0-9])?\s{0,3}\\[dt]?frac\{([0-9]{1,30})\}\{([0-9]{1,30})\}")
+_APART = re.compile(r"(?<=[0-9])(?:[\u00a0\u2009\u202f~]|\\ )(?=[0-9]{3}(?![0-9]))")  # no-break spaces
+_GROUPS = re.compile(r"[^\w\n.,-]{0,4}-?[0-9]{1,3}(?: [0-9]{3})+(?![0-9/-]| [0-9/])")
 _POWER = re.compile(r"(?<=[A-Za-z}])\^(?:[0-9]|\{[0-9]{1,3}\})")  # of a unit, cm^2; it is no number of its own
 _CURRENCY = re.compile(r"\\?[$€£¥₹]|\\[!,;:]")  # and LaTeX's thin spaces
 
 
 def _plain(text: str) -> str:
     text = _CURRENCY.sub("", text.replace("{,}", ",").replace("\u2212", "-"))
+    text = _APART.sub("", text)
     if "\\" in text:
         text = _FRACTION.sub(lambda found: f"{found[1] + ' ' if found[1] else ''}{found[2]}/{found[3]}", text)
     return _POWER.sub("", text) if "^" in text else text
@@ -42,6 +45,13 @@ def _value(text: str) -> Fraction | None:
     if len(parts) == 1:
         return share
     return Fraction(parts[0]) + (-share if parts[0].startswith("-") else share)
+
+
+def joined(text: str) -> str:
+    """`text` where a number stands first with its thousands apart, `1 080 eggs`, and so as one. Only for what is an
+    answer and nothing else: elsewhere `5 100` may be two numbers."""
+    found = _GROUPS.match(text)
+    return found.group().replace(" ", "") + text[found.end() :] if found else text
 
 
 def last_number(text: str) -> Fraction | None:
