@@ -2,6 +2,7 @@
 worker dies, and how a program is stopped."""
 
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -10,50 +11,59 @@ from pathlib import Path
 import pytest
 import rewards_for_tests  # noqa: F401 - registers rewards that misbehave, and one that makes way
 
-from r1fast.rewards import Score, lane, pool, sandbox
+from r1fast.rewards import Score, base, lane, pool, sandbox
 from r1fast.rewards.pool import RewardPool
 from r1fast.rewards.process import Worker
 from r1fast.rewards.programs import Limits, execute
 from r1fast.rewards.watch import Exceeded, Watch, tree
+from r1fast.schema import RewardsConfig
 
 needs_bubblewrap = pytest.mark.skipif(
     sandbox.why_not("bubblewrap") is not None, reason=str(sandbox.why_not("bubblewrap"))
 )
 
 
+@pytest.fixture(scope="module")
+def workers():
+    with RewardPool(workers=1) as workers:
+        yield workers
+
+
+numbers = itertools.count()
+
+
 def done(workers, *completions):
-    """When each of these was done; none may fail. The last word of equal ones tells them apart."""
-    scores = workers.run([("courteous", f"{what} #{i}", None) for i, what in enumerate(completions)])
+    """When each of these was done; none may fail. The last word tells equal ones apart."""
+    scores = workers.run([("courteous", f"{what} #{next(numbers)}", None) for what in completions])
     assert [score.error for score in scores] == [None] * len(scores)
     return [score.value for score in scores]
 
 
-def test_fresh_items_come_before_parked_ones_and_those_in_their_order():
-    with RewardPool(workers=1) as workers:
-        one, two, *fresh = done(workers, "park", "park", *["sleep:0.01"] * 5)
-        assert sorted(fresh) == fresh and fresh[-1] < one < two
-        assert len(workers._workers) == 1 and workers.restarts == 0  # those who stand still need no worker of their own
+def test_fresh_items_come_before_parked_ones_and_those_in_their_order(workers):
+    one, two, *fresh = done(workers, "park", "park", *["sleep:0.01"] * 5)
+    assert sorted(fresh) == fresh and fresh[-1] < one < two
+    assert len(workers._workers) == 1 and workers.restarts == 0  # those who stand still need no worker of their own
 
 
-def test_no_more_stand_still_than_may(monkeypatch):
+def test_no_more_stand_still_than_may(monkeypatch, workers):
     monkeypatch.setattr(pool, "STANDING", 2)
-    with RewardPool(workers=1) as workers:
-        one, two, three, fresh = done(workers, "park", "park", "park", "")
-        assert one < fresh < two < three
+    one, two, three, fresh = done(workers, "park", "park", "park", "")
+    assert one < fresh < two < three
     monkeypatch.setattr(pool, "RESIDENT", 1000)
-    with RewardPool(workers=1) as workers:
-        small, large, fresh = done(workers, "park:400", "park:700", "")
-        assert large < fresh < small
+    small, large, fresh = done(workers, "park:400", "park:700", "")
+    assert large < fresh < small
+    monkeypatch.setattr(base, "_settings", RewardsConfig(sandbox="rlimits"))
+    one, two, fresh = done(workers, "park", "park", "")
+    assert one < fresh < two
 
 
-def test_who_waits_goes_on_beside_the_lanes_and_as_many_as_may(monkeypatch):
+def test_who_waits_goes_on_beside_the_lanes_and_as_many_as_may(monkeypatch, workers):
     monkeypatch.setattr(pool, "STANDING", 2)
-    with RewardPool(workers=1) as workers:
-        *sleepers, fresh = done(workers, *["leave sleep:0.5"] * 4, "")
-        assert max(sleepers[:2]) < fresh  # the third held the lane as long as three slept
-        assert max(sleepers[2:]) - min(sleepers[:2]) > 0.3
-        back, *fresh = done(workers, "leave sleep:0.1 hold", *["sleep:0.1"] * 4)
-        assert max(fresh) < back  # what it starts next has a lane as any other
+    *sleepers, fresh = done(workers, *["leave sleep:0.5"] * 4, "")
+    assert max(sleepers[:2]) < fresh  # the third held the lane as long as three slept
+    assert max(sleepers[2:]) - min(sleepers[:2]) > 0.3
+    back, *fresh = done(workers, "leave sleep:0.1 hold", *["sleep:0.1"] * 4)
+    assert max(fresh) < back  # what it starts next has a lane as any other
 
 
 def test_no_time_passes_for_who_stands_still():
@@ -63,10 +73,10 @@ def test_no_time_passes_for_who_stands_still():
         assert scores[0].error == "courteous: no verdict within 0.6 s" and scores[1].error is None
 
 
-def test_a_worker_that_dies_costs_those_who_stand_by_nothing():
-    with RewardPool(workers=1) as workers:
-        scores = workers.run([("courteous", word, None) for word in ("park", "leave sleep:0.2", "die", "sleep:0.01")])
-        assert workers.restarts == 1
+def test_a_worker_that_dies_costs_those_who_stand_by_nothing(workers):
+    before = workers.restarts
+    scores = workers.run([("courteous", word, None) for word in ("park", "leave sleep:0.2", "die", "sleep:0.01")])
+    assert workers.restarts == before + 1
     assert scores[2] == Score(0.0, "courteous: the verifier's process died (exit code 3)")
     assert all(scores[i].error is None for i in (0, 1, 3)) and scores[3].value < scores[0].value
 
@@ -130,12 +140,12 @@ def in_lane(place, source, limits):
 
 @needs_bubblewrap
 def test_a_program_stands_still_with_all_it_has_started_and_goes_on_as_if_nothing_were():
-    place = Looking(1.5)
-    assert in_lane(place, FAMILY, Limits(seconds=1.0)) == "no end within 1 s"
+    place = Looking(1.0)
+    assert in_lane(place, FAMILY, Limits(seconds=0.8)) == "no end within 0.8 s"
     assert len(place.states) >= 4 and set(place.states) == {"T"}
-    place = Looking(1.5)
-    right = "import time\nwhile time.process_time() < 0.5: pass\nprint('done')"
-    assert in_lane(place, right, Limits(seconds=1.0)) == (0, b"done\n")  # 1.5 s of standing still are not its own
+    place = Looking(1.0)
+    right = "import time\nwhile time.process_time() < 0.3: pass\nprint('done')"
+    assert in_lane(place, right, Limits(seconds=0.8)) == (0, b"done\n")  # that second of standing still is not its own
     assert place.states
 
 
@@ -154,12 +164,12 @@ def test_a_program_that_sleeps_leaves_its_lane_and_comes_back_to_compute():
 def test_right_programs_that_take_long_are_right_among_many_short_ones():
     def item(number, seconds):
         source = f"import time\nwhile time.process_time() < {seconds}: pass\nprint({number})"
-        return "code", source, {"tests": [{"input": "", "output": str(number)}], "seconds": 1.5}
+        return "code", source, {"tests": [{"input": "", "output": str(number)}], "seconds": 1}
 
-    long = {number: 0.8 for number in range(0, 40, 10)}
+    long = {number: 0.4 for number in range(0, 30, 10)}
     with RewardPool(workers=2) as workers:
-        scores = workers.run([item(number, long.get(number, 0.0)) for number in range(40)])
-        assert scores == [Score(1.0)] * 40 and workers.restarts == 0 and len(workers._workers) == 2
+        scores = workers.run([item(number, long.get(number, 0.0)) for number in range(30)])
+        assert scores == [Score(1.0)] * 30 and workers.restarts == 0 and len(workers._workers) == 2
 
 
 @needs_bubblewrap

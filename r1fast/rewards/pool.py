@@ -28,6 +28,7 @@ from r1fast.rewards.process import Item, Job, Worker
 
 CROWD = 4  # workers at most, times the lanes
 STANDING = 16  # programs parked at most, and as many beside, times the lanes: each has some processes and a thread
+BARE = 1  # the same without namespaces, where the limit on processes counts all of the user's together
 RESIDENT = 1 << 30  # bytes that they may hold together, times the lanes: what one that runs may
 CACHED = 65_536  # verdicts remembered; the same answer comes again and again within a group
 
@@ -102,12 +103,13 @@ class RewardPool:
     def _assign(self, waiting: deque[int], items: list[Item], scores: list[Score | None]) -> None:
         """Gives every free lane a fresh item, or a parked one."""
         now = time.monotonic()
-        crowding = max(0, len(self._jobs("beside")) - STANDING * self.size)
+        most = self.size * (BARE if settings().sandbox == "rlimits" else STANDING)
+        crowding = max(0, len(self._jobs("beside")) - most)
         free = self.size - sum(job.holds(now) for _, job in self._jobs()) - crowding
         while free > 0:
             parked = self._jobs("parked")
             large = sum(job.resident for _, job in self._jobs("parked", "beside")) > RESIDENT * self.size
-            full = large or len(parked) > STANDING * self.size
+            full = large or len(parked) > most
             worker = self._idle() if waiting and not full else None
             try:
                 if worker is not None:
