@@ -43,10 +43,17 @@ class World:
         """Every process of the run, peers counted one by one."""
         return self.all or self
 
-    def of_peers(self, work: Callable[[], Result]) -> Result:
+    def of_peers(self, work: Callable[[], Result], failed: Exception | None = None) -> Result:
         """What `work` gives on the first of the peers, on each of them: for what is dear, or has effects outside, and
-        must not be done once for every part of a model. Errors as of `map`."""
-        return work() if self.peers is None else self.peers.on_first(work)
+        must not be done once for every part of a model. failed: why this rank could not come so far; errors as of
+        `map`."""
+
+        def own() -> Result | None:
+            if failed is not None:
+                raise failed
+            return work() if self.speaks_for_peers else None
+
+        return own() if self.peers is None else self.peers.everywhere(own)[0]
 
     @property
     def speaks_for_peers(self) -> bool:
@@ -165,7 +172,8 @@ def _buckets(tensors: Sequence[Any]) -> Iterator[list[Any]]:
     yield bucket
 
 
-_grid: list[Any] = []  # the device mesh (data, tensor), within `joined` of a run whose models lie on several ranks
+# Within `joined` of a run whose models lie on several ranks: (this rank's place, the device mesh of its peers)
+_grid: list[tuple[World, Any]] = []
 
 
 def world() -> World:
@@ -176,16 +184,12 @@ def world() -> World:
 
     if not (dist.is_available() and dist.is_initialized()):
         return World()
-    every = World(dist.get_rank(), dist.get_world_size())
-    if not _grid:
-        return every
-    data, peers = (World(m.get_local_rank(), m.size(), m.get_group()) for m in (_grid[0]["data"], _grid[0]["tensor"]))
-    return World(data.rank, data.size, data.group, every, peers)
+    return _grid[0][0] if _grid else World(dist.get_rank(), dist.get_world_size())
 
 
 def tensor_mesh() -> Any:
     """The device mesh of this rank's peers, one dimension; None where every rank holds its own models."""
-    return _grid[0]["tensor"] if _grid else None
+    return _grid[0][1] if _grid else None
 
 
 def launched() -> bool:
@@ -246,9 +250,13 @@ def grouped(device: str, tensor: int) -> Iterator[None]:
     must be a multiple of it."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    before = _grid.copy()
-    shape = (world().everyone.size // tensor, tensor)
-    _grid[:] = [init_device_mesh(device, shape, mesh_dim_names=("data", "tensor"))] if tensor > 1 else []
+    before, every = _grid.copy(), world().everyone
+    if tensor == 1:
+        _grid.clear()
+    else:
+        mesh = init_device_mesh(device, (every.size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        data, peers = (World(m.get_local_rank(), m.size(), m.get_group()) for m in (mesh["data"], mesh["tensor"]))
+        _grid[:] = [(World(data.rank, data.size, data.group, every, peers), mesh["tensor"])]
     try:
         yield
     finally:

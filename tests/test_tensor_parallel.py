@@ -23,12 +23,18 @@ save(model, None, folder / "checkpoint")
 place.barrier()
 again, _ = load(folder / "checkpoint", dtype=torch.float64, tensor=model.tensor)
 counted = []
+def failure(place):
+    try:
+        place.of_peers(lambda: 1, failed=ValueError("of the other") if place.peers.rank else None)
+    except Exception as error:
+        return str(error)
 result = {
     "learned": {case: tensor_learning.learn(case) for case in cases},
     "sampled": tensor_learning.sample(),
     "read": all(map(torch.equal, again.parameters(), model.parameters())),
     "of one": tensor_learning.go_on(Path(of_one), None),
     "saved": tensor_learning.go_on(None, folder / "snapshots"),
+    "failed": failure(place),
     "asked": place.of_peers(lambda: counted.append(1) or place.everyone.rank),
     "bytes": [tensor_learning.counted(recompute) for recompute in (False, True)],
     "half": tensor_learning.go_on(None, folder / "half", torch.bfloat16, "bfloat16"),
@@ -90,6 +96,7 @@ def test_two_ranks_with_one_model(one, tmp_path):
         assert found["sampled"][0] == tokens and found["sampled"][3] == 2
         torch.testing.assert_close(found["sampled"][2], logits, rtol=0, atol=1e-5)  # float32
         assert [x for r in found["sampled"][1] for x in r] == pytest.approx([x for r in logprobs for x in r], abs=1e-5)
+        assert "of the other" in found["failed"]
         assert found["read"] and found["asked"] == 0
         assert all(moved == told > 0 for moved, told in found["bytes"])
     assert (first["counted"], other["counted"]) == (1, 0)
@@ -158,6 +165,16 @@ def test_a_run_that_was_not_started_for_it(tmp_path):
         load_recipe("tiny", ["parallel.tensor=2", "parallel.shard=all"])
     with pytest.raises(UserError, match=r"parallel.tensor=3 must divide the 2 key-value heads of stages.base.shape"):
         plan(load_recipe("tiny", ["parallel.tensor=3"]))
+
+
+def test_the_command_refuses_before_any_work(tmp_path, capsys):
+    from r1fast.train import main
+
+    for setting, words in (("parallel.tensor=2", "and here is 1"), ("parallel.tensor=0", "parallel.tensor")):
+        assert main(["tiny", setting, "--out", str(tmp_path / "run")]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and words in told and told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_plan_is_of_what_a_rank_holds():

@@ -160,8 +160,12 @@ class Draws:
             before = self.timer.seconds.get("score", 0.0)
             with Scoring(scored, self.aside) as scoring:
                 feed = Feed(learn, scoring, self.when, self.ctx.device, self.timer)
-                self._sample_own([prompts[i] for i in own], [params[i] for i in own], scoring, feed)
-                groups = world().of_peers(lambda: [scoring.result(i) for i in range(len(own))])
+                failed = None
+                try:
+                    self._sample_own([prompts[i] for i in own], [params[i] for i in own], scoring, feed)
+                except Exception as error:  # peers of the one that scores wait for it
+                    failed = error
+                groups = world().of_peers(lambda: [scoring.result(i) for i in range(len(own))], failed)
             waited = self.timer.seconds.get("score", 0.0) - before + feed.waited.get("score", 0.0)
             drawn.overlap["score"] += max(0.0, scoring.seconds - waited)
             drawn.overlap["learn"] += max(0.0, feed.seconds - feed.waited.get("learn", 0.0))

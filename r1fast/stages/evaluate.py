@@ -155,18 +155,22 @@ class Evaluator:
         def answer(own: list[Prompt]) -> list[Answered]:
             """Peers draw what the one that speaks for them does not have; it alone keeps and judges."""
             speaks, new = world().speaks_for_peers, world().of_peers(lambda: [unknown(prompt) for prompt in own])
-            with Judging(judge) as judging:
-                missing = [p for p in own if answers.scored(part, p.id) is None]
-                for prompt in missing:
-                    if (drawn := answers.drawn(part, prompt.id)) is not None:
-                        judging.add(Answered(prompt, drawn))
-                wanted = [prompt for prompt, is_new in zip(own, new, strict=True) if is_new]
-                for group in self._draw(wanted, prompts, sampling, n):
-                    if not speaks:
-                        continue
-                    answers.keep(part, group.prompt.id, unscored(group), scored=False)
-                    judging.add(Answered(group.prompt, unscored(group)))
-            return world().of_peers(lambda: [Answered(prompt, answers.scored(part, prompt.id)) for prompt in own])
+            failed = None
+            try:
+                with Judging(judge) as judging:
+                    missing = [p for p in own if answers.scored(part, p.id) is None]
+                    for prompt in missing:
+                        if (drawn := answers.drawn(part, prompt.id)) is not None:
+                            judging.add(Answered(prompt, drawn))
+                    wanted = [prompt for prompt, is_new in zip(own, new, strict=True) if is_new]
+                    for group in self._draw(wanted, prompts, sampling, n):
+                        if not speaks:
+                            continue
+                        answers.keep(part, group.prompt.id, unscored(group), scored=False)
+                        judging.add(Answered(group.prompt, unscored(group)))
+            except Exception as error:  # peers of the one that judges wait for it
+                failed = error
+            return world().of_peers(lambda: [Answered(p, answers.scored(part, p.id)) for p in own], failed)
 
         found = Measured(world().map(prompts, answer, self.lengths.costs(prompts, n)))
         self.lengths.seen(prompts, [sum(s.tokens for s in a.samples) / len(a.samples) for a in found.answered])
