@@ -3,6 +3,7 @@ model together: what tests of tensor parallelism compare."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from benchmarks.scaling_model import Counted
 from benchmarks.tensor_scaling import sent, summed
+from r1fast.learn.advantages import advantages
 from r1fast.learn.learner import Learner
-from r1fast.learn.losses import cross_entropy_loss
-from r1fast.learn.packing import loss_weights, pack, row_from_example
+from r1fast.learn.losses import cross_entropy_loss, policy_loss
+from r1fast.learn.packing import loss_weights, pack, row_from_example, rows_from_groups
 from r1fast.model.decoder import Decoder, DecoderConfig
 from r1fast.model.lora import add_adapters, fold
 from r1fast.model.names import whole_views
@@ -64,6 +66,21 @@ def supervised(learner: Learner, draw: Random):
     return learner.step(pack(rows, loss_weights(rows, "token"), 20), cross_entropy_loss)
 
 
+def gradient(learner: Learner, draw: Random, kind: ObjectiveConfig | str) -> tuple[float, float]:
+    """(loss, norm of the whole gradient) of a batch, in float64, which a step tells in float32."""
+    if kind == "supervised":
+        rows = [row_from_example(*([draw.randrange(WORDS) for _ in range(n)] for n in (3, 5))) for _ in range(6)]
+        loss = cross_entropy_loss
+    else:
+        groups = [group(draw, str(i)) for i in range(3)]
+        rows = rows_from_groups(groups, advantages(groups, True))
+        loss = partial(policy_loss, objective=kind.model_copy(update={"kl_coef": 0.0}))
+    found = learner.accumulate(pack(rows, loss_weights(rows, "token"), 20), loss)
+    norm = learner.norm(learner.gradients())
+    learner.forget()
+    return float(torch.stack(found.losses).sum()), float(norm)
+
+
 def learn(case: str) -> dict:
     """Two supervised steps, then one set of rollouts in two mini-batches: losses, gradient norms, what was told, and
     the weights after them, whole, under Hugging Face's names."""
@@ -78,6 +95,7 @@ def learn(case: str) -> dict:
         filled(model, {key: p for key, p in model.named_parameters() if ".b." in key}, 9)  # else A has no gradient
     learner = Learner(model, OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.05), 6)
     draw = Random(11)
+    exact = [gradient(learner, draw, kind) for kind in ("supervised", settings)]
     told = [supervised(learner, draw) for _ in range(2)]
     update = learner.train_policy(
         [group(draw, str(i)) for i in range(4)],
@@ -92,6 +110,7 @@ def learn(case: str) -> dict:
     fold(model)
     return {
         "numbers": [(s.loss, s.grad_norm, s.kl, s.entropy, s.clip_fraction, s.ratio_max) for s in told],
+        "exact": exact,
         "difference": update.logprob_difference_mean,
         "weights": {key: value.clone() for key, value in whole_views(model).items()},
         "parameters": (whole, own),

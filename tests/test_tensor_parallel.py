@@ -60,6 +60,7 @@ def same(found: dict, expected: dict) -> None:
     """In float64, where only the order of sums differs (told numbers are float32 on their way to the host)."""
     for ours, theirs in zip(found["numbers"], expected["numbers"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    assert found["exact"] == [pytest.approx(one, rel=0, abs=1e-9) for one in expected["exact"]]
     assert found["difference"] == pytest.approx(expected["difference"], abs=1e-6)
     same_weights(found["weights"], expected["weights"])
 

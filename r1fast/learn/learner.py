@@ -101,7 +101,7 @@ class Learner:
         gradients = self.gradients()
         if step.scale != 1.0:
             torch._foreach_mul_(gradients, step.scale)
-        norm = self._norm(gradients)
+        norm = self.norm(gradients)
         loss, norm, told = self._read(step, norm)
         rate = self.schedule(self.steps)
         self.steps += 1
@@ -126,7 +126,7 @@ class Learner:
                 p.grad = torch.zeros_like(p)
         return [p.grad for p in self.parameters]
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
+    def norm(self, gradients: list[Tensor]) -> Tensor:
         """Of the whole gradient, on every rank."""
         tensor = tensor_of(self.model)
         if tensor is not None:

@@ -140,11 +140,6 @@ class Decoder(nn.Module):
         self.register_buffer("rope_sin", None, persistent=False)
 
     @property
-    def parts(self) -> int:
-        """On how many ranks the model lies."""
-        return 1 if self.tensor is None else self.tensor.size
-
-    @property
     def device(self) -> torch.device:
         return self.embedding.device
 
@@ -281,13 +276,13 @@ class Decoder(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
 
-        def draw(name: str, parameter: Tensor, std: float) -> None:
+        def draw(name: str, parameter: Tensor, scale: float, fan_in: bool) -> None:
             shape = parameter.shape if self.tensor is None else self.tensor.whole_shape(name, parameter, self.config)
-            whole = torch.randn(shape, generator=generator) * std
+            whole = torch.randn(shape, generator=generator) * (scale * (shape[1] ** -0.5 if fan_in else 1.0))
             parameter.copy_(whole if self.tensor is None else self.tensor.part(name, whole, self.config))
 
         tied = self.config.tie_embeddings
-        draw("embedding", self.embedding, self.config.hidden_size**-0.5 if tied else embedding_std)
+        draw("embedding", self.embedding, 1.0 if tied else embedding_std, fan_in=tied)
         for name, parameter in self.layers.named_parameters():
             if name.endswith("_norm"):
                 parameter.fill_(1.0)
@@ -295,8 +290,7 @@ class Decoder(nn.Module):
                 parameter.zero_()
             else:
                 half = 0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
-                fan_in = self.local_config.hidden_size if half == 1.0 else parameter.shape[1] * self.parts
-                draw(name, parameter, half * fan_in**-0.5)
+                draw(name, parameter, half, fan_in=True)
         self.norm.fill_(1.0)
         if self.head is not None:
             self.head.zero_()
