@@ -85,7 +85,8 @@ def test_two_ranks_with_one_model(one, tmp_path):
     """Losses, gradient norms and weights of supervised and GRPO steps; samples; checkpoints; snapshots both ways."""
     alone = tensor_learning.go_on(None, tmp_path / "of one")
     assert len({round(one[case]["numbers"][0][0], 3) for case in one}) == len(one)  # the cases differ
-    first, other = run_ranks(2, ALL, list(one), str(tmp_path), str(newest(tmp_path / "of one").path), tensor=2)
+    given = list(one), str(tmp_path), str(newest(tmp_path / "of one").path)
+    first, other = run_ranks(2, ALL, *given, tensor=2, timeout=300)
     for case, expected in one.items():
         same(first["learned"][case], expected)
         assert first["learned"][case]["numbers"] == other["learned"][case]["numbers"]
@@ -117,14 +118,13 @@ def test_two_ranks_with_one_model(one, tmp_path):
 
     loaded, _ = load(tmp_path / "checkpoint", dtype=torch.float64)
     assert all(map(torch.equal, loaded.parameters(), tensor_learning.model_of("llama").parameters()))
-    four = run_ranks(4, FOUR, ["qwen3", "adapters"], str(written), tensor=2)
+    four = run_ranks(4, FOUR, ["qwen3"], str(written), tensor=2, timeout=300)
     same(four[0]["of four"], one["qwen2"])
     for found in four[:2]:
         assert found["of two"][0] == pytest.approx(alone[0][1:], abs=1e-6)
     same_weights(four[0]["of two"][1], alone[1])
-    for case in ("qwen3", "adapters"):
-        same(four[0]["learned"][case], one[case])
-        same(four[2]["learned"][case], one[case])
+    same(four[0]["learned"]["qwen3"], one["qwen3"])
+    same(four[2]["learned"]["qwen3"], one["qwen3"])
     assert [f["share"] for f in four] == [(0, 2, 0, True), (0, 2, 1, False), (1, 2, 0, False), (1, 2, 1, False)]
 
 
