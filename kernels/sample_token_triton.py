@@ -103,9 +103,10 @@ def _draw(
 
         place = start + tl.arange(0, TILE)
         x = tl.load(logits + row * width + place, mask=place < width, other=float("-inf")).to(tl.float32)
+        # Before the halving, which would keep x alive: 24 bytes spilled for sm_80 by Triton 3.6.
+        first = tl.min(tl.where((place < width) & (x == top), place, FAR), 0)
         e = tl.exp((x - top) * inverse).to(tl.float64)
         drawn, _half, _halving = _halve(place, e, start, half, 1, halving, seed, sequence, position, row)
-        first = tl.min(tl.where((place < width) & (x == top), place, FAR), 0)
         found = tl.where(t == 0.0, tl.minimum(first, width - 1), drawn)
         found = tl.where(_valid(t, k, p), found, 0)
         own = tl.load(logits + row * width + found).to(tl.float32)

@@ -5,6 +5,7 @@ where csrc/cuda is compiled by the C++ compiler and each thread is a fiber (test
 them is held to use no stack: a spilled register would be there.
 """
 
+import ctypes
 import math
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 
 from r1fast_kernels import OPS, grpo_loss, native, paged_append, paged_attention, sample_token
 from r1fast_kernels.op import LIVES_ON
-from r1fast_kernels.paged_groups import find_groups
+from r1fast_kernels.paged_groups import find_groups, positions_read
 from r1fast_kernels.sample_token import reference as sample_reference
 from r1fast_kernels.triton_support import triton
 
@@ -127,6 +128,22 @@ def test_queries_of_a_group_may_lie_anywhere():
     moved = joint[:, 1:241].unflatten(1, (6, 40))
     assert moved.data_ptr() % 16 and moved.stride(0) % 8
     assert torch.equal(paged_attention(moved, *rest, backend="cuda"), paged_attention(q, *rest, backend="cuda"))
+
+
+@pytest.mark.skipif(not EMULATED, reason="the emulation counts the bytes")
+@pytest.mark.parametrize("width", [64, 200])
+def test_a_piece_is_read_once_for_its_group(width):
+    """Of 8 rows of 3 heads: what they read with and without the groups, in bytes of keys and values."""
+    counted = ctypes.CDLL(native.cuda().__file__).emulated_bytes_copied
+    counted.restype = ctypes.c_int64
+    args = grouped([515, 516, 300, 520, 257, 260, 100, 530], [0, 32, 16, 16, 0, 16, 0, 0], 16, 3, 1, width, torch.half)
+    *same, groups = args
+    own = torch.arange(8, dtype=torch.int32).expand(groups.shape).contiguous()
+    for asked in (groups, own):
+        before = counted()
+        paged_attention(*same, asked, backend="cuda")
+        assert counted() - before == 2 * positions_read(asked, args[4]) * width * 2
+    assert positions_read(groups, args[4]) == positions_read(own, args[4]) - 5 * 256
 
 
 @on_cuda
@@ -240,9 +257,10 @@ def test_no_rows():
 
 @pytest.mark.skipif(not EMULATED, reason="a GPU's threads run in an order of their own")
 def test_a_missing_barrier_would_show(monkeypatch):
-    """Threads last to first: whoever reads what another thread has yet to write now reads something else."""
+    """Threads and blocks last to first: whoever reads what another thread has yet to write now reads something else,
+    and of two that write one place the other is the last."""
     attention = paged([300, 20], 16, 6, 2, 64)
-    groups = grouped([300, 290, 260], [0, 16, 16], 16, 6, 1, 128, torch.bfloat16)
+    groups = grouped([300, 290, 260, 280, 290], [0, 16, 16, 0, 16], 16, 6, 1, 128, torch.bfloat16)
     logits = torch.randn(3, 2500)
     streams = torch.randn(5, 1500)
 

@@ -14,7 +14,7 @@
 //
 // Barriers. Keys and values arrive in kStages buffers, tile t in t % kStages. One __syncthreads a tile: behind it this
 // tile has come for all threads (each has waited for its own copies), and all have left tile t - 1, whose buffer is then
-// given to tile t + kStages - 1. Each warp writes and reads queries of its own, with a __syncwarp between. The emulation
+// given to tile t + kStages - 1. Queries are written before the first of these barriers and read behind it. The emulation
 // poisons a buffer when a copy into it begins and fills it when the copy is waited for.
 #include "mma.h"
 #include "ops.h"
@@ -169,7 +169,6 @@ __device__ __forceinline__ void load_queries(const Queries& queries, const Pair&
     *reinterpret_cast<uint4*>(eight(shared.queries, row_of_lane<WIDTH>(of), place)) =
         there ? load_eight(q + from + place * 8, whole) : uint4{};
   }
-  __syncwarp();
 }
 
 // What a lane knows of two rows of a product, lane / 4 and 8 below, and its share of their sums.
@@ -226,15 +225,14 @@ __device__ __forceinline__ void exponentials(float scale, int first, float (&sco
     }
     top = fmaxf(top, __shfl_xor_sync(kAll, top, 1));
     top = fmaxf(top, __shfl_xor_sync(kAll, top, 2));
-    const float base = top == -INFINITY ? 0.0f : top;  // of a row that has seen nothing yet
-    const float keep = exp2f(sums.maximum[half] - base);
+    const float keep = exp2f(sums.maximum[half] - top);  // NaN for a row that sees nothing, which nobody reads
     sums.maximum[half] = top;
     float sum = 0;
 #pragma unroll
     for (int n = 0; n < kStep<WIDTH> / 8; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        scores[n][i] = exp2f(scores[n][i] - base);
+        scores[n][i] = exp2f(scores[n][i] - top);
         sum += scores[n][i];
       }
     }

@@ -2,9 +2,10 @@
 //
 // Each thread of a block is a fiber. A fiber runs until it meets a barrier or a warp operation; a warp goes on when all of
 // its 32 lanes are there, the block when all of its threads are. So a kernel's indexing, its barriers and its arithmetic
-// are the shipped ones; what is not tested is what the real machine adds: speed, alignment faults, memory order between
-// threads without a barrier. For that last one R1_THREAD_ORDER=reverse runs threads last to first: a missing barrier then
-// changes results. Shared memory starts full of NaN. Lanes that disagree about the operation they are at end the process.
+// are the shipped ones; what is not tested is what the real machine adds: speed, and memory order between threads without
+// a barrier. For that one R1_THREAD_ORDER=reverse runs threads, and blocks, last to first: a missing barrier then changes
+// results, and so do two blocks that write one place. Shared memory starts full of NaN. Lanes that disagree about the
+// operation they are at end the process, and so does an address that is not aligned to what is read or written there.
 #pragma once
 
 #include <setjmp.h>
@@ -262,9 +263,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   b.slots.resize(2 * b.fibers.size());
   b.dynamic = config->dynamicSmemBytes;
   b.body = [&] { kernel(arguments...); };
-  for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block(threads, reverse);
+  const auto nth = [reverse](unsigned i, unsigned count) { return reverse ? count - 1 - i : i; };
+  for (unsigned z = 0; z < gridDim.z; ++z) {
+    for (unsigned y = 0; y < gridDim.y; ++y) {
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = dim3(nth(x, gridDim.x), nth(y, gridDim.y), nth(z, gridDim.z));
+        run_block(threads, reverse);
+      }
+    }
+  }
   return 0;
 }
 

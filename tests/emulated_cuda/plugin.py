@@ -26,6 +26,7 @@ def build(folder: Path) -> Path:
         return module
     compiler = os.environ.get("CXX", "c++").split()  # it may be "ccache c++"
     flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a trap, and no library, ends the process
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     objects = []
     for source in [CSRC / "cuda_bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]:
