@@ -28,6 +28,7 @@ from r1fast.rollout.batch import Drawn, RunningBatch
 from r1fast.rollout.engine import Engine, PrefillWork, StepEngine
 from r1fast.rollout.graphs import GraphEngine
 from r1fast.rollout.scheduler import Sequence as Running
+from r1fast.rollout.steady import SteadyEngine
 
 ORDERS = (4, 2)  # n-grams that are looked up, the longest first
 DEPTH = 7  # most tokens guessed for a row
@@ -256,4 +257,4 @@ def engine_for(model: Decoder) -> Engine:
     On a CPU without drafts: torch's products of eight rows take twice as long as those of one, and guesses of short
     answers are not right often enough to pay for that (docs/log.md).
     """
-    return Speculation(GraphEngine(model), rows=64) if model.device.type == "cuda" else StepEngine(model)
+    return Speculation(GraphEngine(model), rows=64) if model.device.type == "cuda" else SteadyEngine(model)
