@@ -1,7 +1,7 @@
 """`python -m benchmarks.sandbox`: what hostile programs cost honest ones in the same pool.
 
 Honest programs alone, then as many with hostile ones spread among them, then alone again; the time counts until the
-last honest one is scored. Three rounds, each with a third of tests/hostile, so that load by others, which comes and
+last honest one is scored. Nine rounds, each with a ninth of tests/hostile, so that load by others, which comes and
 goes, falls on both. One JSON a machine under benchmarks/results/.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from r1fast.rewards.pool import RewardPool
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = sorted((ROOT / "tests" / "hostile").glob("*/*.py"))
-ROUNDS = 3
+ROUNDS = 9
 HONEST = "n = int(input())\nprint(sum(i * i for i in range(n)) % 1000007, {mark!r})"
 
 
@@ -65,25 +66,23 @@ def seconds(pool: Timed, count: int, mark: str, among: Sequence[Path] = ()) -> f
 
 def measured(pool: Timed, one_in: int) -> dict:
     """Times with one program in `one_in` hostile, and how much longer the honest ones wait: each round against the mean
-    of the times alone before and after it."""
-    alone, beside, honest_ones = [], [], 0
+    of the times alone before and after it. Times of rounds are per honest program."""
+    alone, beside = [], []
     for turn in range(ROUNDS):
         among = HOSTILE[turn::ROUNDS]
         count = (one_in - 1) * len(among)
-        times = [seconds(pool, count, f"{one_in} {turn} before")]
-        beside.append(seconds(pool, count, f"{one_in} {turn} beside", among))
-        times.append(seconds(pool, count, f"{one_in} {turn} after"))
-        alone.append(times)
-        honest_ones += count
-    mean = [sum(times) / 2 for times in alone]
+        if not alone:
+            alone.append(seconds(pool, count, f"{one_in} before") / count)
+        beside.append(seconds(pool, count, f"{one_in} {turn} beside", among) / count)
+        alone.append(seconds(pool, count, f"{one_in} {turn} after") / count)
+    ratios = [2 * among / (alone[turn] + alone[turn + 1]) for turn, among in enumerate(beside)]
     return {
-        "honest": honest_ones,
-        "alone_s": alone,
-        "beside_s": beside,
-        "ratios": [among / one for among, one in zip(beside, mean, strict=True)],
-        "ratio": sum(beside) / sum(mean),
-        "honest_per_second": {"alone": honest_ones / sum(mean), "beside": honest_ones / sum(beside)},
-        "after_to_before": sum(after for _, after in alone) / sum(before for before, _ in alone),
+        "honest": (one_in - 1) * len(HOSTILE),
+        "alone_ms": [1e3 * each for each in alone],
+        "beside_ms": [1e3 * each for each in beside],
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "honest_per_second": {"alone": 1 / statistics.median(alone), "beside": 1 / statistics.median(beside)},
     }
 
 
