@@ -60,17 +60,16 @@ def test_no_more_stand_still_than_may(monkeypatch, workers):
 def test_who_waits_goes_on_beside_the_lanes_and_as_many_as_may(monkeypatch, workers):
     monkeypatch.setattr(pool, "STANDING", 2)
     *sleepers, fresh = done(workers, *["leave sleep:0.5"] * 4, "")
-    assert max(sleepers[:2]) < fresh  # the third held the lane as long as three slept
-    assert max(sleepers[2:]) - min(sleepers[:2]) > 0.3
+    assert sorted(sleepers)[1] < fresh and max(sleepers) - min(sleepers) > 0.45  # the lane was held while three slept
     back, *fresh = done(workers, "leave sleep:0.1 hold", *["sleep:0.1"] * 4)
     assert max(fresh) < back  # what it starts next has a lane as any other
 
 
 def test_no_time_passes_for_who_stands_still():
-    with RewardPool(workers=1, deadline=0.6) as workers:
+    with RewardPool(workers=1, deadline=1.0) as workers:
         done(workers, "park sleep:0.3", *["sleep:0.4"] * 3)
-        scores = workers.run([("courteous", "sleep:0.4 park sleep:0.4", None), ("courteous", "sleep:0.1", None)])
-        assert scores[0].error == "courteous: no verdict within 0.6 s" and scores[1].error is None
+        scores = workers.run([("courteous", "sleep:0.6 park sleep:0.6", None), ("courteous", "sleep:0.1", None)])
+        assert scores[0].error == "courteous: no verdict within 1 s" and scores[1].error is None
 
 
 def test_a_worker_that_dies_costs_those_who_stand_by_nothing(workers):
