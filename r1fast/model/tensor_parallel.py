@@ -123,9 +123,9 @@ class TensorParallel:
         """float32 [..., V], the same bits on every rank. No gradient."""
         part = -(-vocabulary // self.size)
         own = F.pad(linear(hidden, table).float(), (0, part - table.shape[0])).contiguous()
-        found = own.new_empty((self.size, *own.shape))
-        dist.all_gather_into_tensor(found.view(-1, *own.shape[1:]), own, group=self.group)
-        return found.movedim(0, -2).flatten(-2)[..., :vocabulary]
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self.group)
+        return torch.cat(parts, -1)[..., :vocabulary]
 
     def logprob(
         self, hidden: Tensor, table: Tensor, targets: Tensor, temperature: float, vocabulary: int
