@@ -24,7 +24,17 @@ from typing import Any
 import torch
 
 from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
-from benchmarks.scaling_model import Counted, Layout, Machine, Work, gather_bytes, predict, reduce_bytes, shapes
+from benchmarks.scaling_model import (
+    Counted,
+    Layout,
+    Machine,
+    Passes,
+    Work,
+    gathered_bytes,
+    predict,
+    reduce_bytes,
+    shapes,
+)
 from r1fast.learn.learner import Learner
 from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import DecoderConfig
@@ -36,12 +46,13 @@ from r1fast.types import Prompt, Rollout, RolloutGroup
 
 SMALL = DecoderConfig(2048, 256, 640, layers=4, heads=4, kv_heads=2, head_dim=64, max_positions=512)
 PROMPTS, GROUP, PROMPT, COMPLETION, STEPS = 4, 8, 24, 64, 4  # of each rank
+MICRO_BATCH = 1024  # tokens
 MODELS = {  # of Qwen2.5's shapes (1.5B, 7B) and Llama 3's (70B)
     "1.5B": DecoderConfig(151936, 1536, 8960, 28, 12, 2, 128, "qwen2", tie_embeddings=True),
     "7B": DecoderConfig(152064, 3584, 18944, 28, 28, 4, 128, "qwen2"),
     "70B": DecoderConfig(128256, 8192, 28672, 80, 64, 8, 128, "llama"),
 }
-GPUS = (8, 64, 1024)
+GPUS, CARDS = (8, 64, 1024), (80, 141)  # GB
 
 
 # -- measured -----------------------------------------------------------------------------------------------------
@@ -81,7 +92,7 @@ def one_step(model: Decoder, sampler: Sampler, learner: Learner, prompts: list[P
     with gathered(model):
         groups = world().map(prompts, sample, [1.0] * len(prompts))
     objective = ObjectiveConfig(kl_coef=0.0)
-    learner.train_policy(groups, objective, random=Random(step), micro_batch_tokens=1024, logprob_bound=1.0)
+    learner.train_policy(groups, objective, random=Random(step), micro_batch_tokens=MICRO_BATCH, logprob_bound=1.0)
 
 
 def scored(group: RolloutGroup) -> RolloutGroup:
@@ -105,10 +116,16 @@ def measure(ranks: int, kind: str) -> dict[str, Any]:
 
 def modelled(ranks: int, kind: str) -> dict[str, float]:
     """The bytes that the cost model gives for a step of `one_step`: one update, no reference."""
+    # a rank's micro-batches: its share of the tokens, prompts laid down once a group, in packs of MICRO_BATCH
+    learned = -(-PROMPTS * (PROMPT + GROUP * COMPLETION) // MICRO_BATCH)
     layout = {"whole": Layout(ranks), "sharded": Layout(1, ranks), "2 a node": Layout(ranks // 2, 2)}[kind]
     weights = shapes(SMALL)
     near, far = reduce_bytes(weights, layout, 4)
-    return {"gathered": 2 * gather_bytes(weights, layout, 4), "scattered": near, "added": far}
+    return {
+        "gathered": gathered_bytes(SMALL, layout, 4, Passes(sampled=1, learned=learned)),
+        "scattered": near * learned,
+        "added": far,
+    }
 
 
 # -- told ---------------------------------------------------------------------------------------------------------
@@ -132,15 +149,20 @@ def measured_table(results: dict[str, Any]) -> str:
 
 
 def predicted_table() -> str:
-    rows = ["| model | GPUs | weights | held by each (GB) | fits 80 GB | sample (s) | learn (s) | gather (s) | "
-            "add up (s) | tell (s) | step (s) | efficiency |\n| --- | ---: | --- |" + " ---: |" * 9]  # fmt: skip
+    rows = ["| model | GPUs | weights | held by each (GB) | "
+            + " | ".join(f"fits {card} GB" for card in CARDS)
+            + " | sample (s) | learn (s) | gather (s) | add up (s) | tell (s) | step (s) | efficiency |\n"
+            + "| --- | ---: | --- |" + " ---: |" * 10]  # fmt: skip
     for name, config in MODELS.items():
-        for sharded in (False, True):
+        for split in ("none", "node", "all"):
             for ranks in GPUS:
-                p = predict(config, ranks, sharded, Work(), Machine())
-                how = f"{p.layout.replicas} x {p.layout.shards}" if sharded else "whole, bf16"
+                if split == "all" and ranks <= Machine().node:  # the same as node
+                    continue
+                p = predict(config, ranks, split, Work(), Machine())
+                how = f"{p.layout.replicas} x {p.layout.shards}" if split != "none" else "whole"
+                fits = ("yes" if p.fits(card * 1e9) else "no" for card in CARDS)
                 times = (p.sample, p.learn, p.gather, p.add, p.told, p.seconds)
-                rows.append(f"| {name} | {ranks:,} | {how} | {p.held / 1e9:.0f} | {'yes' if p.fits else 'no'} | "
+                rows.append(f"| {name} | {ranks:,} | {how} | {p.held / 1e9:.0f} | {' | '.join(fits)} | "
                             f"{' | '.join(f'{t:.1f}' for t in times)} | {p.efficiency:.0%} |")  # fmt: skip
     return "\n".join(rows)
 

@@ -11,20 +11,27 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from r1fast.learn.memory import activation_values, cache_bytes
-from r1fast.model.decoder import Decoder
+from r1fast.learn.memory import USED, Memory, activation_values, cache_bytes, training_bytes, working_bytes
+from r1fast.model.decoder import Decoder, Layer
 from r1fast.model.decoder_config import DecoderConfig
 
 Shapes = Sequence[tuple[int, ...]]
+Shard = Literal["none", "node", "all"]
 
 
 def shapes(config: DecoderConfig) -> list[tuple[int, ...]]:
     """Of all weights of a decoder; none is allocated."""
     return [tuple(p.shape) for p in Decoder(config, device="meta").parameters()]
+
+
+def layer_shapes(config: DecoderConfig) -> list[tuple[int, ...]]:
+    """Of the weights of one layer."""
+    return [tuple(p.shape) for p in Layer(config, "meta", torch.float32).parameters()]
 
 
 def padded(weights: Shapes, ranks: int) -> int:
@@ -45,21 +52,35 @@ class Layout:
 
 
 def gather_bytes(weights: Shapes, layout: Layout, width: int) -> float:
-    """That a rank receives to hold all weights: (S - 1) / S of them, in `width` bytes."""
+    """That a rank receives to hold all of these weights: (S - 1) / S of them, in `width` bytes."""
     return padded(weights, layout.shards) * width * (layout.shards - 1) / layout.shards
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How often a rank goes through the weights in a step."""
+
+    sampled: int = 0  # times that all of them are gathered to sample with
+    learned: int = 0  # micro-batches, forward and backward
+    scored: int = 0  # forward alone: reference and recomputed old log-probs
+    scorings: int = 0  # in so many calls
+
+
+def gathered_bytes(config: DecoderConfig, layout: Layout, width: int, passes: Passes) -> float:
+    """That a rank receives in a step: a layer is gathered before its forward and again before its backward; the rest
+    (embedding, last norm, head) once for both, and once for all forwards of a call without backward."""
+    every, layer = shapes(config), layer_shapes(config)
+    layers = config.layers * gather_bytes(layer, layout, width)
+    rest = gather_bytes(every, layout, width) - layers
+    times = passes.sampled + 2 * passes.learned + passes.scored
+    return times * layers + (passes.sampled + passes.learned + passes.scorings) * rest
+
+
 def reduce_bytes(weights: Shapes, layout: Layout, width: int) -> tuple[float, float]:
-    """(within a replica, between replicas) that a rank sends in one optimizer step, gradients in `width` bytes: a
-    reduce-scatter over the shards, then a ring all-reduce of its share over the replicas."""
+    """(within a replica, between replicas) that a rank sends, gradients in `width` bytes: a reduce-scatter over the
+    shards, for each micro-batch, then a ring all-reduce of its share over the replicas, for each optimizer step."""
     share = padded(weights, layout.shards) * width / layout.shards
     return share * (layout.shards - 1), 2 * share * (layout.replicas - 1) / layout.replicas
-
-
-def gathers(updates: int, kl: bool, recomputed: bool) -> int:
-    """Times a step's weights are gathered where they are sharded: once to sample, once for each optimizer step, those
-    of the reference as often, once where old log-probs are recomputed."""
-    return 1 + updates * (1 + kl) + recomputed
 
 
 class Counted(TorchDispatchMode):
@@ -108,7 +129,6 @@ class Machine:
     memory: float = 3.35e12 * 0.70  # bytes/s
     near: float = 450e9 * 0.80  # bytes/s each way, within a node
     far: float = 50e9 * 0.80  # between nodes
-    hold: float = 80e9  # bytes
     node: int = 8
 
 
@@ -116,6 +136,7 @@ class Machine:
 class Work:
     """A step's work for each GPU; the step grows with the ranks (weak scaling)."""
 
+    micro_batch: int = 16384  # tokens
     prompts: int = 4
     group: int = 16
     prompt: int = 256  # tokens
@@ -145,7 +166,10 @@ class Prediction:
     add: float
     told: float  # rollouts that all ranks are told
     held: float
-    fits: bool
+
+    def fits(self, hold: float) -> bool:
+        """On a card of so many bytes."""
+        return self.held < USED * hold
 
     @property
     def seconds(self) -> float:
@@ -160,27 +184,27 @@ class Prediction:
 TOLD = 30  # bytes a token: its number and two log-probs, pickled (62 KB counted for 2,048 tokens: docs/scaling.md)
 
 
-def predict(config: DecoderConfig, ranks: int, sharded: bool, work: Work, machine: Machine) -> Prediction:
-    """A step as r1fast runs it today. sharded: HSDP over each node (parallel.shard=node), float32; else data-parallel
-    bf16 with float32 masters."""
+def predict(config: DecoderConfig, ranks: int, shard: Shard, work: Work, machine: Machine) -> Prediction:
+    """A step as r1fast runs it: bf16 weights with float32 masters. shard: `parallel.shard`. What moves is not counted
+    as hidden behind what is computed, of which FSDP hides most."""
     weights = shapes(config)
-    count, within = sum(map(prod, weights)), min(machine.node, ranks)
-    layout = Layout(ranks // within, within) if sharded else Layout(ranks)
-    width = 4 if sharded else 2
-    near, far = reduce_bytes(weights, layout, 4)
-    if not sharded and ranks <= machine.node:
-        near, far = far, 0.0
-    gather = gather_bytes(weights, layout, width) * gathers(work.updates, work.kl, False) if sharded else 0.0
+    count, within = sum(map(prod, weights)), {"none": 1, "node": min(machine.node, ranks), "all": ranks}[shard]
+    layout = Layout(ranks // within, within)
+    micro_batches = work.updates * -(-work.tokens // work.micro_batch)
+    passes = Passes(1, micro_batches, micro_batches * work.kl, work.updates * work.kl)
+    gather = gathered_bytes(config, layout, 2, passes)
+    scatter, add = reduce_bytes(weights, layout, 4)
+    scatter, add = scatter * micro_batches, add * work.updates
+    inner = machine.near if within <= machine.node else machine.far  # a ring is as slow as its slowest link
     told = TOLD * work.samples * work.completion * ranks
     return Prediction(
         layout,
-        sample=_sampling(config, count, width, work, machine),
-        learn=(6 + 2 * work.kl) * count * work.tokens / (machine.flops / (2 if sharded else 1)),
-        gather=gather / machine.near,
-        add=work.updates * (near / machine.near + far / machine.far),
+        sample=_sampling(config, count, 2, work, machine),
+        learn=(6 + 2 * work.kl) * count * work.tokens / machine.flops,
+        gather=gather / inner,
+        add=scatter / inner + add / (machine.far if ranks > machine.node else machine.near),
         told=told / (machine.far if ranks > machine.node else machine.near),
-        held=(held := _held(config, count, layout, width, sharded, work)),
-        fits=held < 0.9 * machine.hold,
+        held=_held(config, count, layout, work),
     )
 
 
@@ -192,14 +216,18 @@ def _sampling(config: DecoderConfig, count: int, width: int, work: Work, machine
     return work.imbalance * max((weights + cache) / machine.memory, 2 * count * work.tokens * width / 2 / machine.flops)
 
 
-def _held(config: DecoderConfig, count: int, layout: Layout, width: int, sharded: bool, work: Work) -> float:
-    """The larger of sampling (weights, cache of all sequences at their mean) and learning (weights, gradient, a
-    micro-batch), beside what stays: optimizer state and reference, or the shares of them."""
-    if sharded:  # shares of weights, two moments and reference; whole float32 weights and gradient while in use
-        stays, learning = count * 4 * 4 / layout.shards, count * (4 + 4)
-    else:  # bf16 weights and reference, float32 masters, moments and gradient
-        stays, learning = count * (2 + 2 + 4 + 8), count * 4
-    cache = cache_bytes(config, work.samples, work.prompt + work.completion, width)
-    batch = 16384 * activation_values(config, recompute=True) * width
-    sampling = (count * width if sharded else 0) + cache
-    return stays + max(sampling, learning + batch)
+def _held(config: DecoderConfig, count: int, layout: Layout, work: Work) -> float:
+    """As the memory plan counts it (r1fast/learn/memory.py): policy and reference, or shares of them; gradient, moments
+    and masters; the cache of all sequences at their mean; and the larger of what sampling and learning gather, the
+    latter with its micro-batch."""
+    shards = layout.shards
+    weights = count * (2 + 2) if shards == 1 else count * (4 + 2) / shards
+    memory = Memory(
+        weights=weights,
+        training=training_bytes(count, 2, shards=shards),
+        cache=cache_bytes(config, work.samples, work.prompt + work.completion, 2),
+        activations=work.micro_batch * activation_values(config, recompute=True) * 2,
+        gathered=count * 2 if shards > 1 else 0,
+        working=working_bytes(config, 2) if shards > 1 else 0,
+    )
+    return memory.total

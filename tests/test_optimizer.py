@@ -11,7 +11,7 @@ from rollouts import tiny_decoder
 
 from r1fast.config import UserError
 from r1fast.learn import half_states
-from r1fast.learn.half_states import round_at_random
+from r1fast.learn.half_states import noise, round_at_random
 from r1fast.learn.learner import Learner
 from r1fast.learn.losses import cross_entropy_loss
 from r1fast.learn.masters import Masters
@@ -129,18 +129,34 @@ def test_apex_that_is_not_there_is_one_sentence(monkeypatch):
 
 
 def test_random_rounding_is_right_in_the_mean_and_keeps_what_bfloat16_has():
-    generator = torch.Generator().manual_seed(0)
     value = torch.full((200_000,), 1.0 + 2**-10)  # an eighth of the way to its upper neighbour
-    rounded = round_at_random(value, generator).float()
+    rounded = round_at_random(value, noise(0, 200_000, seed=1)).float()
     assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
     assert rounded.mean().item() == pytest.approx(value[0].item(), abs=3e-5)
     kept = torch.tensor([0.0, -1.5, torch.inf, -torch.inf, torch.nan])
-    assert torch.equal(round_at_random(kept, generator).float().nan_to_num(), kept.nan_to_num())
+    assert torch.equal(round_at_random(kept, noise(0, 5, seed=1)).float().nan_to_num(), kept.nan_to_num())
+
+
+def test_noise_is_murmurs_finalizer_uniform_and_of_the_place_alone():
+    def by_hand(place: int, seed: int) -> int:
+        x = (place * 0x9E3779B1 ^ seed) % 2**32
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ x >> shift) * factor % 2**32
+        return (x >> 16 ^ x) % 2**16
+
+    for first, seed in ((0, 3), (2**31 - 5, 12345678901), (2**35, -7)):
+        assert noise(first, 9, seed).tolist() == [by_hand(first + i, seed) for i in range(9)]
+    drawn = noise(0, 1 << 18, seed=5)
+    assert torch.equal(drawn[1000:3000], noise(1000, 2000, seed=5))
+    others = torch.stack([drawn, noise(1, 1 << 18, seed=5), noise(0, 1 << 18, seed=6)]).float()
+    assert (torch.corrcoef(others) - torch.eye(3)).abs().max() < 0.01
+    counts = torch.bincount(drawn >> 8, minlength=256)
+    assert len(counts) == 256 and (counts - 1024).abs().max() < 6 * 32  # six standard deviations
 
 
 def test_half_states_follow_adamw_and_take_half_the_memory(monkeypatch):
     """A noisy quadratic, whose gradients' squares shrink slowly: rounded to nearest, v would stay where it was."""
-    monkeypatch.setattr(half_states, "PIECE", 700)  # 1,500 values in three pieces
+    monkeypatch.setitem(half_states.PIECE, "cpu", 700)  # 1,500 values in three pieces
     settings = OptimizerConfig(learning_rate=0.01, betas=(0.9, 0.999), weight_decay=0.1)
     found = {}
     for states in ("float32", "bfloat16"):

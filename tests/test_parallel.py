@@ -113,18 +113,20 @@ def test_ranks_give_the_losses_and_weights_of_one(tmp_path):
     with: the shards of two on one and on four, what one saved on two, and those of two replicas of two on one."""
     import learning
 
-    from benchmarks.scaling_model import Layout, gather_bytes, gathers, reduce_bytes, shapes
+    from benchmarks.scaling_model import Layout, Passes, gathered_bytes, reduce_bytes, shapes
     from r1fast import snapshot
 
     one = learning.train(KL)
-    times = gathers(updates=2, kl=True, recomputed=True) - 1  # nothing is sampled; in steps of fresh groups
     assert len({round(loss, 6) for loss in one[0]}) > 1
     weights = shapes(learning.CONFIG)
     for found in run_ranks(2, TWO, KL, dict(learning.AFTER_ONE), str(tmp_path)):
         plain, shared = found["counted"][:3], found["counted"][3:]
         assert [one["added"] for one in plain] == [2 * reduce_bytes(weights, Layout(2), 8)[1]] * 3
-        assert shared[0]["gathered"] == gather_bytes(weights, Layout(1, 2), 8) * times
-        assert [one["scattered"] for one in shared] == [2 * reduce_bytes(weights, Layout(1, 2), 8)[0]] * 3
+        for step in shared:
+            passes = Passes(**step["passes"])
+            assert passes.learned >= 4 and passes.scored > passes.scorings >= 2
+            assert step["gathered"] == gathered_bytes(learning.CONFIG, Layout(1, 2), 8, passes)
+            assert step["scattered"] == passes.learned * reduce_bytes(weights, Layout(1, 2), 8)[0]
         same(found["plain"], one)
         same(found["sharded"], one)
         same(found["resumed"], one, skipped=2)
@@ -138,9 +140,10 @@ def test_ranks_give_the_losses_and_weights_of_one(tmp_path):
     no_kl = learning.train({"kl_coef": 0.0})
     within, between = reduce_bytes(weights, Layout(2, 2), 8)
     for found in run_ranks(4, FOUR, KL, str(tmp_path)):
-        assert found["counted"][0]["gathered"] == gather_bytes(weights, Layout(2, 2), 8) * times
         for step in found["counted"]:
-            assert (step["scattered"], step["added"]) == (2 * within, 2 * between)
+            passes = Passes(**step["passes"])
+            assert step["gathered"] == gathered_bytes(learning.CONFIG, Layout(2, 2), 8, passes)
+            assert (step["scattered"], step["added"]) == (passes.learned * within, 2 * between)
         same(found["plain"], no_kl)
         same(found["2 x 2"], one)
         same(found["resumed"], one, skipped=2)
@@ -163,6 +166,7 @@ def one(micro, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "run"
     grpo = {**STAGES["grpo"], "mini_batches": 1, "evaluate": True}
     stages = {"sft": {**STAGES["sft"], "micro_batch_tokens": 64}, "grpo": grpo, "reject": STAGES["reject"]}
+    stages["adapted"] = {**grpo, "steps": 2, "evaluate": False, "adapters": {"rank": 2}, "reference_refresh": None}
     run_micro_stages(out, micro, stages, SETTINGS)
     return out / "config.yaml", out
 
@@ -179,7 +183,7 @@ def torchrun(ranks: int, out, recipe, *more: str) -> subprocess.Popen:
 def same_results(out, whole) -> None:
     from safetensors.torch import load_file
 
-    for stage in ("sft", "grpo"):
+    for stage in ("sft", "grpo", "adapted"):
         ours, theirs = (
             load_file(place / "stages" / stage / "checkpoint" / "model.safetensors") for place in (out, whole)
         )
@@ -226,15 +230,8 @@ def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_another_number(
     same_results(out, whole)
 
 
-@pytest.mark.parametrize(
-    ("mistake", "words"),
-    [
-        (["stages.grpo.mix.0.task=nothing"], "'nothing'"),
-        (["parallel.shard=all", "model.dtype=bfloat16"], "splits float32 weights"),
-    ],
-)
-def test_a_mistake_is_said_once(one, tmp_path, mistake, words):
+def test_a_mistake_is_said_once(one, tmp_path):
     recipe, _ = one
-    process = torchrun(2, tmp_path / "run", recipe, *mistake)
+    process = torchrun(2, tmp_path / "run", recipe, "stages.grpo.mix.0.task=nothing")
     told = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and told.count("error: ") == 1 and words in told, told
+    assert process.returncode != 0 and told.count("error: ") == 1 and "'nothing'" in told, told

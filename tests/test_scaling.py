@@ -59,7 +59,8 @@ def test_the_kubernetes_example():
 
 
 def test_bytes_by_hand():
-    from benchmarks.scaling_model import Layout, gather_bytes, gathers, padded, reduce_bytes
+    from benchmarks.scaling_model import Layout, Passes, gather_bytes, gathered_bytes, padded, reduce_bytes
+    from r1fast.model.decoder import DecoderConfig
 
     weights = [(10, 3), (4,)]
     assert padded(weights, 1) == 34 and padded(weights, 4) == 12 * 3 + 4
@@ -67,7 +68,13 @@ def test_bytes_by_hand():
     assert reduce_bytes(weights, Layout(1, 4), 4) == (10 * 4 * 3, 0)
     assert reduce_bytes(weights, Layout(2, 1), 4) == (0, 34 * 4)  # 2 (2 - 1) / 2 of all of it
     assert reduce_bytes(weights, Layout(2, 2), 4) == (17 * 4, 17 * 4)
-    assert gathers(updates=2, kl=True, recomputed=True) == 6
+    config = DecoderConfig(5, 4, 6, layers=3, heads=2, kv_heads=1, head_dim=2)
+    layer = 2 * 4 + 2 * 2 + 8 * 4 + 4 * 4 + 12 * 4 + 4 * 6  # norms, also of q and k; qkv, o, gate with up, down
+    rest = 2 * 6 * 4 + 4  # embedding and head with 5 rows filled up to 6, the norm
+    half = 2 / 2  # in two bytes, of which half come from the other rank
+    assert gathered_bytes(config, Layout(1, 2), 2, Passes(sampled=1)) == half * (3 * layer + rest)
+    assert gathered_bytes(config, Layout(1, 2), 2, Passes(learned=4)) == half * 4 * (2 * 3 * layer + rest)
+    assert gathered_bytes(config, Layout(1, 2), 2, Passes(scored=4, scorings=1)) == half * (4 * 3 * layer + rest)
 
 
 def test_sizes_are_those_of_the_models():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from r1fast.learn.lockstep import in_step
 from r1fast.learn.room import merge_losses
 from r1fast.model.sharding import is_sharded, synchronise
 from r1fast.parallel import world
@@ -68,27 +69,22 @@ class Accumulation:
 
     def _together(self, costs: list[int]) -> None:
         if is_sharded(self._learner.model):
-            found = self._sharded(costs)
+            found = self._sharded()
         else:
             found = world().map(self.batches, lambda own: [_moved(one, "cpu") for one in self._each(own, [])], costs)
             world().add(self._learner.gradients())
         self._found = [_moved(one, self._learner.parameters[0].device) for one in found]
 
-    def _sharded(self, costs: list[int]) -> list[tuple[Tensor, BatchStats | None]]:
-        """Every rank must go through as many backwards as any other: one that has no micro-batch left takes the
-        smallest once more, at weight zero, while it would wait."""
-        model, batches, shares = self._learner.model, self.batches, world().share(costs)
-        mine, rounds = shares[world().rank], max(map(len, shares))
-        told = []
-        for i in range(rounds):
-            real = i < len(mine)
-            synchronise(model, last=i == rounds - 1)
-            value, stats = self._loss(model, batches[mine[i] if real else costs.index(min(costs))])
+    def _sharded(self) -> list[tuple[Tensor, BatchStats | None]]:
+        model = self._learner.model
+
+        def work(batch: PackedBatch, real: bool, last: bool) -> tuple[Tensor, BatchStats | None]:
+            synchronise(model, last)
+            value, told = self._loss(model, batch)
             (value if real else value * 0.0).backward()
-            if real:
-                told.append((mine[i], _moved((value.detach(), stats), "cpu")))
-        found = dict(one for part in world().gather(told) for one in part)
-        return [found[i] for i in range(len(batches))]
+            return _moved((value.detach(), told), "cpu")
+
+        return in_step(self.batches, work)
 
 
 def _moved(found: tuple[Tensor, BatchStats | None], device: torch.device | str) -> tuple[Tensor, BatchStats | None]:

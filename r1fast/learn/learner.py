@@ -21,7 +21,7 @@ from r1fast.learn.packing import Row, pack
 from r1fast.learn.policy import PolicyLearning, train_policy
 from r1fast.learn.room import Room
 from r1fast.model.decoder import Decoder
-from r1fast.model.sharding import shared_like, whole
+from r1fast.model.sharding import shared_like, used_in, whole
 from r1fast.model.tensor_parallel import is_split, tensor_of
 from r1fast.parallel import world
 from r1fast.types import StepStats
@@ -53,9 +53,8 @@ class Learner:
         self.room = Room(model, warn)
         self.schedule = Schedule(config, total_steps)
         trained = [p for p in model.parameters() if p.requires_grad]
-        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in trained)
-        self.masters = Masters(trained) if half else None
-        self.parameters = self.masters.parameters if half else trained  # what the optimizer moves
+        self.masters = Masters.behind(trained, used_in(model))
+        self.parameters = trained if self.masters is None else self.masters.parameters  # what the optimizer moves
         self.optimizer = build_optimizer(self.parameters, config)
         self.steps = 0  # optimizer steps begun, also those that were skipped
         self.skipped = 0  # steps whose loss or gradient was not finite, and which changed nothing

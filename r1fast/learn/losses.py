@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from r1fast.learn.lockstep import in_step
 from r1fast.learn.room import Room
-from r1fast.model.sharding import gathered
+from r1fast.model.sharding import is_sharded, release
 from r1fast.model.tensor_parallel import tensor_of
 from r1fast.parallel import world
 from r1fast_kernels import grpo_loss, linear_cross_entropy, linear_grpo_loss, linear_logprob
@@ -96,6 +97,7 @@ def log_probs(
     """Of each batch, the log-probs of its targets under `model`: float32 [N], nats. For the recomputed old policy and
     the reference. Of several ranks each does a share. `room`: what fits, where that is known."""
     room = room or Room(model)
+    costs = [batch.tokens.shape[0] for batch in batches]
 
     def work(batch: PackedBatch) -> Tensor:
         return target_logprob(model, trained_hidden(model, batch), batch.targets, temperature)[0]
@@ -104,5 +106,8 @@ def log_probs(
         found = room.each(own, work, torch.cat)
         return found if world().size == 1 else [values.cpu() for values in found]
 
-    with gathered(model):
-        return world().map(batches, share, [batch.tokens.shape[0] for batch in batches])
+    if not is_sharded(model):
+        return world().map(batches, share, costs)
+    found = in_step(batches, lambda batch, real, last: work(batch).cpu() if real else work(batch))
+    release(model)
+    return found

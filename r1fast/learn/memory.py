@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
+from r1fast.model.decoder import Layer
+
 if TYPE_CHECKING:
     from r1fast.model.decoder_config import DecoderConfig
 
@@ -20,16 +24,19 @@ USED = 0.9  # share of the free memory that a plan may fill: estimates are not e
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes, estimated. Weights count every model held at once: policy, frozen reference, reward model."""
+    """Bytes, estimated, of one rank. Weights count every model held at once: policy, frozen reference, reward model, or
+    this rank's shares of them."""
 
     weights: float = 0.0
     training: float = 0.0  # gradients, moments, float32 masters of half weights
     cache: float = 0.0  # keys and values of all sequences that decode together, at their longest
     activations: float = 0.0  # of one micro-batch, kept for the backward pass
+    gathered: float = 0.0  # of a sharded policy: the whole weights, gathered once a step to sample with
+    working: float = 0.0  # of a sharded policy: what a pass through the layers gathers, and its gradient
 
     @property
     def total(self) -> float:
-        return self.weights + self.training + self.cache + self.activations
+        return self.weights + self.training + self.cache + max(self.gathered, self.working + self.activations)
 
 
 def activation_values(config: DecoderConfig, recompute: bool = False) -> int:
@@ -42,10 +49,20 @@ def activation_values(config: DecoderConfig, recompute: bool = False) -> int:
     return 2 * config.layers * config.hidden_size + layer if recompute else config.layers * layer
 
 
-def training_bytes(parameters: int, width: int, states: States = "float32") -> int:
+def training_bytes(parameters: int, width: int, states: States = "float32", shards: int = 1) -> float:
     """Of `parameters` trained ones in `width` bytes each: float32 gradients, both moments, and the float32 masters
-    behind half weights."""
-    return parameters * (4 + (4 if states == "bfloat16" else 8) + (4 if width < 4 else 0))
+    behind half weights; of shares of them the weights are the masters."""
+    masters = 4 if width < 4 and shards == 1 else 0
+    return parameters / shards * (4 + (4 if states == "bfloat16" else 8) + masters)
+
+
+def working_bytes(config: DecoderConfig, width: int, trained: bool = True) -> int:
+    """Most that a pass through the layers of a sharded model holds of it: embedding and head, the layer at work and the
+    next one, gathered in `width` bytes. Where the weights are `trained` also the gradients of the former and of a layer
+    and their float32 copies on the way to the shares."""
+    layer = sum(p.numel() for p in Layer(config, "meta", torch.float32).parameters())
+    rest = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    return (rest + 2 * layer) * width + (rest + layer) * (width + 4) * trained
 
 
 def cache_bytes(config: DecoderConfig, sequences: int, length: int, width: int) -> int:

@@ -44,7 +44,7 @@ Attend = Callable[[int, "Layer", Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """One block: attention and the gated MLP. Its norms are applied by the decoder, each fused with a residual."""
+    """One block: attention and the gated MLP, each behind a norm that is fused with the sum of the residual stream."""
 
     def __init__(
         self,
@@ -78,6 +78,24 @@ class Layer(nn.Module):
         self.gate_up_bias = parameter(2 * inner, when=config.mlp_bias)
         self.down_proj = parameter(hidden, inner)
         self.down_bias = parameter(hidden, when=config.mlp_bias)
+
+    def forward(
+        self, index: int, x: Tensor | None, residual: Tensor, attend: Attend, recompute: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(what the MLP gives, the residual stream without it), each [T, H], of the same two of the layer before, whose
+        x is None where there is none. All weights that it reads are its own: FSDP gathers a layer around this call."""
+        if recompute:
+            return checkpoint(self._block, index, x, residual, attend, use_reentrant=False, preserve_rng_state=False)
+        return self._block(index, x, residual, attend)
+
+    def _block(self, index: int, x: Tensor | None, residual: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        if x is None:
+            x = rms_norm(residual, self.input_norm, self.eps)
+        else:
+            x, residual = rms_norm(x, self.input_norm, self.eps, residual=residual)
+        x = self.attention(index, x, attend)
+        x, residual = rms_norm(x, self.post_norm, self.eps, residual=residual)
+        return self.mlp(x), residual
 
     def attention(self, index: int, x: Tensor, attend: Attend) -> Tensor:
         rows = x.shape[0]
@@ -199,9 +217,13 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward_paged(self, step: PagedStep, kv: PagedKV) -> Tensor:
-        """Hidden states [T, H] of the step's tokens; their keys and values are written into `kv` first. No gradient."""
+        """Hidden states [T, H] of the step's tokens; their keys and values are written into `kv` first. No gradient.
+
+        RuntimeError where the weights are shares that nobody has gathered."""
         if native_forward.takes(self, step, kv):
             return native_forward.forward(self, step, kv)
+        if hasattr(self.embedding, "device_mesh"):
+            raise RuntimeError("forward_paged needs whole weights: call it within model.sharding.gathered(model)")
         tables = step.block_tables
         # the tables bound every position, without asking the device for the largest one
         cos, sin = self.rope_tables(tables.shape[1] * kv.block_size)
@@ -213,27 +235,16 @@ class Decoder(nn.Module):
             q = rope_append(q, k, v, cos, sin, step.positions, *cache, step.slots, *norms)
             return paged_attention(q, *cache, tables, step.context_lens, step.cu_seqlens_q, groups=step.groups)
 
-        return self._run(step.tokens, attend)
+        return self._run(step.tokens, attend, whole=True)
 
-    def _run(self, tokens: Tensor, attend: Attend) -> Tensor:
-        eps, layers = self.config.norm_eps, list(self.layers)
-        next_norms = [layer.input_norm for layer in layers[1:]] + [self.norm]
-        residual = self._embed(tokens)
-        x = rms_norm(residual, layers[0].input_norm, eps)
-
-        def block(index: int, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            layer = layers[index]
-            x = layer.attention(index, x, attend)
-            x, residual = rms_norm(x, layer.post_norm, eps, residual=residual)
-            return rms_norm(layer.mlp(x), next_norms[index], eps, residual=residual)
-
+    def _run(self, tokens: Tensor, attend: Attend, whole: bool = False) -> Tensor:
+        """whole: the weights of all layers are there, so that nobody is asked for them before each."""
+        residual, x = self._embed(tokens), None
         recompute = self.recompute and torch.is_grad_enabled()
-        for index in range(len(layers)):
-            if recompute:
-                x, residual = checkpoint(block, index, x, residual, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, residual = block(index, x, residual)
-        return x
+        for index, layer in enumerate(self.layers):
+            call = layer.forward if whole else layer
+            x, residual = call(index, x, residual, attend, recompute)
+        return rms_norm(x, self.norm, self.config.norm_eps, residual=residual)[0]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.tensor is None:

@@ -6,7 +6,8 @@ Inside, q, k and v are one weight and so are gate and up; their adapters are kep
 how peft's files have them: what `save_adapter` writes, peft loads.
 
 Sampling reads merged weights: `merged` adds the product to the very tensors that the sampler holds and puts the old
-values back from a copy, so that leaving it is exact. The reference policy is the base, `BasePolicy`: no second model.
+values back from a copy, so that leaving it is exact; of a sharded model it adds to what was gathered, and the shares
+stay as they are. The reference policy is the base, `BasePolicy`: no second model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from r1fast.model.decoder import Decoder, Layer
+from r1fast.model.sharding import gathered, own_gathered, shared_like
 from r1fast.model.tensor_parallel import split_of
 from r1fast.parallel import world
 
 if TYPE_CHECKING:
     from r1fast.model.decoder_config import DecoderConfig
-    from r1fast.model.tensor_parallel import TensorParallel
     from r1fast.schema import LoRAConfig
 
 _FUSED = {  # our weight -> (Hugging Face's module, its parts by the order of their rows)
@@ -120,34 +121,43 @@ def adapters(model: Decoder) -> Iterator[tuple[Layer, str, Adapter]]:
 
 @contextmanager
 def merged(model: Decoder) -> Iterator[None]:
-    """Within the block the model's weights are W + (alpha / r) B A, rounded once to their dtype, in the same tensors;
-    after it they are W to the bit. Costs a copy of the adapted weights; nothing without adapters."""
+    """Within the block the model's weights are W + (alpha / r) B A, rounded once to their dtype, in the same tensors,
+    and whole; after it they are W to the bit. Costs a copy of the adapted weights, unless they are gathered here;
+    nothing without adapters."""
     found = list(adapters(model))
-    kept = [getattr(layer, name).detach().clone() for layer, name, _ in found]
-    try:
-        with torch.no_grad():
-            for layer, name, adapter in found:
-                weight = getattr(layer, name)
-                weight.copy_(weight.float() + adapter.delta())
-                adapter.active = False
+    if not found:
         yield
-    finally:
-        with torch.no_grad():
-            for (layer, name, adapter), weight in zip(found, kept, strict=True):
-                getattr(layer, name).copy_(weight)
-                adapter.active = True
+        return
+    with gathered(model) as gone_after:
+        kept = [None if gone_after else getattr(layer, name).detach().clone() for layer, name, _ in found]
+        try:
+            with torch.no_grad():
+                for layer, name, adapter in found:
+                    weight = getattr(layer, name)
+                    weight.copy_(weight.float() + adapter.delta())
+                    adapter.active = False
+            yield
+        finally:
+            with torch.no_grad():
+                for (layer, name, adapter), weight in zip(found, kept, strict=True):
+                    if weight is not None:
+                        getattr(layer, name).copy_(weight)
+                    adapter.active = True
 
 
 def fold(model: Decoder) -> None:
     """Merges for good: the model has no adapters after it, and computes what it did but for one rounding."""
-    with torch.no_grad():
-        for layer, name, adapter in list(adapters(model)):
-            weight = getattr(layer, name)
-            weight.copy_(weight.float() + adapter.delta())
     for layer in model.layers:
-        if layer.adapters is not None:
-            del layer.adapters
-            layer.adapters = None
+        if layer.adapters is None:
+            continue
+        with torch.no_grad():
+            with own_gathered(layer):
+                added = {name: adapter.delta() for name, adapter in layer.adapters.items()}
+            for name, delta in added.items():
+                weight = getattr(layer, name)
+                weight.copy_(weight.float() + shared_like(delta, weight))
+        del layer.adapters
+        layer.adapters = None
     model.bump_version()
 
 
@@ -174,7 +184,7 @@ def base_only(model: Decoder) -> Iterator[None]:
 
 
 class BasePolicy:
-    """The model without its adapters, as the reference policy of a KL term: it has the calls that scoring needs."""
+    """The model without its adapters, as the reference policy of a KL term; all but its forward is the model's own."""
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
@@ -183,35 +193,24 @@ class BasePolicy:
         with base_only(self._model):
             return self._model.forward_packed(*arguments)
 
-    @property
-    def head_weight(self) -> Tensor:
-        return self._model.head_weight
-
-    @property
-    def tensor(self) -> TensorParallel | None:
-        return self._model.tensor
-
-    @property
-    def config(self) -> DecoderConfig:
-        return self._model.config
-
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def save_adapter(model: Decoder, config: LoRAConfig, base: str, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors as peft writes them. `base`: the checkpoint they belong to."""
+    """adapter_config.json and adapter_model.safetensors as peft writes them. `base`: the checkpoint they belong to.
+    Every rank calls it, the first one writes."""
     tensors, whole = {}, partial(_whole, model)
     for index, layer in enumerate(model.layers):
-        for name, adapter in (layer.adapters or {}).items():
-            module, parts = _FUSED[name]
-            own = [part for part, is_target in zip(parts, adapter.targeted, strict=True) if is_target]
-            both = whole(f"adapters.{name}.a", adapter.a), [whole(f"adapters.{name}.b", b) for b in adapter.b]
-            for part, a, b in zip(own, both[0].split(adapter.rank), both[1], strict=True):
-                prefix = f"base_model.model.model.layers.{index}.{module}.{part}"
-                tensors[f"{prefix}.lora_A.weight"] = a.detach().cpu().clone()
-                tensors[f"{prefix}.lora_B.weight"] = b.detach().cpu().clone()
+        with own_gathered(layer):
+            for name, adapter in (layer.adapters or {}).items():
+                module, parts = _FUSED[name]
+                targeted = [part for part, is_target in zip(parts, adapter.targeted, strict=True) if is_target]
+                both = whole(f"adapters.{name}.a", adapter.a), [whole(f"adapters.{name}.b", b) for b in adapter.b]
+                for part, a, b in zip(targeted, both[0].split(adapter.rank), both[1], strict=True):
+                    prefix = f"base_model.model.model.layers.{index}.{module}.{part}"
+                    tensors[f"{prefix}.lora_A.weight"] = a.detach().to("cpu", copy=True)
+                    tensors[f"{prefix}.lora_B.weight"] = b.detach().to("cpu", copy=True)
     if not world().first:
         return
     told = {

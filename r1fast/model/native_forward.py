@@ -58,10 +58,10 @@ def _weights_refusal(model: Decoder) -> str | None:
     for layer in model.layers:
         named += layer._parameters.items()
     for name, weight in named:
-        if weight is not None and not (weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()):
-            return f"it reads float32 weights without gaps on the CPU, and {name} is not such a one"
         if hasattr(weight, "device_mesh"):
             return f"{name} is spread over several processes"
+        if weight is not None and not (weight.dtype is torch.float32 and weight.is_cpu and weight.is_contiguous()):
+            return f"it reads float32 weights without gaps on the CPU, and {name} is not such a one"
     return None
 
 

@@ -27,7 +27,6 @@ from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import ARCHITECTURES, DecoderConfig, token_ids
 from r1fast.model.names import named_views, split_dim, whole_rows, whole_views
 from r1fast.model.reward_model import RewardModel
-from r1fast.model.sharding import gathered
 from r1fast.parallel import world
 
 if TYPE_CHECKING:
@@ -245,9 +244,7 @@ def save(model: Decoder, tokenizer: PreTrainedTokenizerBase | None, path: str | 
 
     Atomic, and an existing folder of that name is replaced (see `_replace`). Safetensors in the model's dtype.
     """
-    with gathered(model):
-        if model.tensor is None or world().rank == 0:
-            _write(model.config, whole_views(model), tokenizer, Path(path), {})
+    _write(model.config, whole_views(model), tokenizer, Path(path), {})
 
 
 def save_reward_model(model: RewardModel, tokenizer: PreTrainedTokenizerBase | None, path: str | Path) -> None:

@@ -11,6 +11,7 @@ from r1fast.learn.learner import Learner
 from r1fast.learn.memory import Asked, TrainingPlan, cache_bytes, plan_training
 from r1fast.model.decoder import Decoder
 from r1fast.model.lora import adapters, fold, save_adapter
+from r1fast.model.sharding import is_sharded, used_in
 from r1fast.model.tensor_parallel import tensor_of
 from r1fast.model.weights import save
 from r1fast.parallel import world
@@ -37,7 +38,7 @@ def fit(
     stage: GRPOStage | SFTStage | RewardModelStage = ctx.stage
     parameters = list(model.parameters())
     # all ranks must plan alike, or their micro-batches would differ
-    width, free = parameters[0].element_size(), min(world().everyone.gather(free_memory(ctx.device)))
+    width, free = used_in(model).itemsize, min(world().everyone.gather(free_memory(ctx.device)))
     config = config if (tensor := tensor_of(model)) is None else tensor.local(config)
     longest = ctx.recipe.model.max_length
     states = stage.optimizer.states
@@ -61,8 +62,9 @@ def fit(
 
 
 def _copies(model: nn.Module, sequences: int) -> int:
-    """Bytes of the weights that are kept beside the merged ones while adapters are sampled with."""
-    if not sequences or not isinstance(model, Decoder):
+    """Bytes of the weights that are kept beside the merged ones while adapters are sampled with; shares are kept anyway
+    (learn/memory.py counts what is gathered)."""
+    if not sequences or not isinstance(model, Decoder) or is_sharded(model):
         return 0
     return sum(getattr(layer, name).nbytes for layer, name, _ in adapters(model))
 

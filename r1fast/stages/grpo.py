@@ -49,12 +49,12 @@ class GRPOStageRun:
     def __init__(self, ctx: StageContext):
         self.ctx, self.stage = ctx, ctx.stage
         stage: GRPOStage = ctx.stage
-        self.model, self.tokenizer = start_model(ctx, stage.from_)
-        self.sampler = sampler_for(self.model, self.tokenizer)
+        self.model, self.tokenizer = start_model(ctx, stage.from_, spreads=True)
         self.reference = self._reference()
         for model in (self.model, self.reference):
             if isinstance(model, Decoder):
                 spread(ctx, model)
+        self.sampler = sampler_for(self.model, self.tokenizer)
         steps, together = stage.steps * stage.mini_batches * stage.epochs, stage.prompts_per_step * stage.group_size
         together = min(together, self.sampler.max_seqs)
         self.learner, self.plan = fit(ctx, self.model, self.model.config, steps, together)
@@ -189,7 +189,7 @@ class GRPOStageRun:
         protocol = self.ctx.recipe.evaluation
         task = self.ctx.tasks[protocol.task or next(iter(self.ctx.tasks))]
         problems = task.problems("validation", protocol.curve_limit, SEED)
-        with self.timer("evaluate"), gathered(self.model), merged(self.model):
+        with self.timer("evaluate"), merged(self.model), gathered(self.model):
             evaluator = Evaluator.of(self.ctx, self.model, self.tokenizer, self.sampler)
             got = evaluator.measure(task, problems, protocol.sampling, protocol.curve_samples)
         self.ctx.log.event(

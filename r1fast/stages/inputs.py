@@ -11,8 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-import torch
-
 from r1fast.config import UserError
 from r1fast.learn.packing import Row, row_from_example
 from r1fast.model.sharding import shard
@@ -26,6 +24,7 @@ from r1fast.tasks.rows import read_jsonl
 from r1fast.types import Example, Problem, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from r1fast.model.decoder import Decoder
@@ -45,25 +44,27 @@ def checkpoint_path(ctx: StageContext, source: str) -> Path:
     return Path(source)
 
 
-def start_model(ctx: StageContext, source: str) -> tuple[Decoder, PreTrainedTokenizerBase]:
-    """The model and tokenizer of `from: source`, on the run's device, in the recipe's chat template."""
-    model, tokenizer = load(checkpoint_path(ctx, source), device=ctx.device, dtype=ctx.dtype, tensor=peers())
+def start_model(ctx: StageContext, source: str, spreads: bool = False) -> tuple[Decoder, PreTrainedTokenizerBase]:
+    """The model and tokenizer of `from: source`, on the run's device, in the recipe's chat template.
+
+    spreads: whether the stage will `spread` it; then it waits for that on the CPU where its weights will be split."""
+    device = "cpu" if spreads and splits(ctx) else ctx.device
+    model, tokenizer = load(checkpoint_path(ctx, source), device=device, dtype=ctx.dtype, tensor=peers())
     template = ctx.recipe.model.template
     if source not in ctx.artifacts and template != "checkpoint":
         set_template(tokenizer, template)
     return model, tokenizer
 
 
-def spread(ctx: StageContext, model: Decoder) -> None:
-    """Splits the weights over the ranks where the recipe asks for it. UserError for what it was not made for."""
-    if world().size == 1 or ctx.recipe.parallel.shard == "none":
-        return
-    if getattr(ctx.stage, "adapters", None) is not None or model.dtype != torch.float32:
-        raise UserError(
-            f"stage {ctx.name!r}: parallel.shard splits float32 weights without adapters; set model.dtype=float32 "
-            f"and leave stages.{ctx.name}.adapters out, or parallel.shard=none"
-        )
-    shard(model, ranks_here() if ctx.recipe.parallel.shard == "node" else None)
+def splits(ctx: StageContext) -> bool:
+    """Whether weights that are trained are split over the ranks."""
+    return world().size > 1 and ctx.recipe.parallel.shard != "none"
+
+
+def spread(ctx: StageContext, model: nn.Module) -> None:
+    """Splits the weights over the ranks where the recipe asks for it; they are on the run's device then."""
+    if splits(ctx):
+        shard(model, ranks_here() if ctx.recipe.parallel.shard == "node" else None, ctx.device)
 
 
 def encode_problems(

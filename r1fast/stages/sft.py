@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def run(ctx: StageContext) -> StageOutcome:
     stage: SFTStage = ctx.stage
-    model, tokenizer = start_model(ctx, stage.from_)
+    model, tokenizer = start_model(ctx, stage.from_, spreads=True)
     examples = collect_examples(ctx, stage.data, ctx.seed)
     rows, too_long = encode_examples(ctx, examples, tokenizer)
     steps = max(1, math.ceil(stage.epochs * len(rows) / stage.batch_examples))

@@ -23,7 +23,7 @@ import torch
 from r1fast import snapshot
 from r1fast.config import UserError
 from r1fast.metrics import PhaseTimer
-from r1fast.model.sharding import load_whole
+from r1fast.model.sharding import load_whole, weights_of
 from r1fast.model.tensor_parallel import own_state, spread_state
 from r1fast.parallel import world
 from r1fast.stages import saved
@@ -56,7 +56,7 @@ class PolicyState:
 
     def state_dict(self) -> dict[str, Any]:
         version = getattr(self._model, "weights_version", None)
-        return {"weights": spread_state(self._model, self._model.state_dict()), "version": version}
+        return {"weights": spread_state(self._model, weights_of(self._model)), "version": version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_whole(self._model, own_state(self._model, state["weights"]))
