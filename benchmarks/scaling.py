@@ -116,8 +116,8 @@ def measure(ranks: int, kind: str) -> dict[str, Any]:
 
 def modelled(ranks: int, kind: str) -> dict[str, float]:
     """The bytes that the cost model gives for a step of `one_step`: one update, no reference."""
-    # a rank's micro-batches: its share of the tokens, prompts laid down once a group, in packs of MICRO_BATCH
-    learned = -(-PROMPTS * (PROMPT + GROUP * COMPLETION) // MICRO_BATCH)
+    # a rank's micro-batches: as many whole groups, prompts laid down once, as MICRO_BATCH has room for
+    learned = -(-PROMPTS // (MICRO_BATCH // (PROMPT + GROUP * COMPLETION)))
     layout = {"whole": Layout(ranks), "sharded": Layout(1, ranks), "2 a node": Layout(ranks // 2, 2)}[kind]
     weights = shapes(SMALL)
     near, far = reduce_bytes(weights, layout, 4)

@@ -129,6 +129,7 @@ class Machine:
     memory: float = 3.35e12 * 0.70  # bytes/s
     near: float = 450e9 * 0.80  # bytes/s each way, within a node
     far: float = 50e9 * 0.80  # between nodes
+    hold: float = 80e9  # bytes
     node: int = 8
 
 

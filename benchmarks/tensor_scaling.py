@@ -26,11 +26,12 @@ BF16 = 2  # bytes
 
 def summed(config: DecoderConfig, tokens: int, targets: int, width: int, recompute: bool = False) -> int:
     """Bytes that are all-reduced for a micro-batch's forward and backward pass: the hidden states of each row behind
-    attention and MLP, and their gradients before both; the embedding's rows, the head's gradients, four numbers for
-    each target (float32, or float64 in float64), and the gradients of the norms of q and k."""
+    attention and MLP, and their gradients before both (recomputed, once more behind attention: what ends a layer is not
+    needed again); the embedding's rows, the head's gradients, four numbers for each target (float32, or float64 in
+    float64), and the gradients of the norms of q and k."""
     hidden = config.hidden_size * width
-    passes = 3 if recompute else 2
-    layer = passes * 2 * tokens * hidden + 2 * config.qk_norm * config.head_dim * width
+    times = 5 if recompute else 4
+    layer = times * tokens * hidden + 2 * config.qk_norm * config.head_dim * width
     return config.layers * layer + (tokens + targets) * hidden + 4 * targets * max(width, 4)
 
 

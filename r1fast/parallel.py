@@ -209,6 +209,12 @@ def ranks_here() -> int:
     return here
 
 
+def shards(how: str) -> int:
+    """Ranks that `parallel.shard=how` splits a weight over, of those that torchrun started. (No collective.)"""
+    counted = {"all": "WORLD_SIZE", "node": "LOCAL_WORLD_SIZE"}.get(how, "")
+    return int(os.environ.get(counted, "1"))
+
+
 @contextmanager
 def joined(device: str, tensor: int = 1) -> Iterator[World]:
     """Within the block this process is one of those that torchrun started; alone where it was not started so.

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from r1fast.check import Unread, check, encoder, root
 from r1fast.device import free_memory
 from r1fast.graph import data_sources, edges, order
-from r1fast.learn.memory import Asked, Memory, TrainingPlan, cache_bytes, plan_training, readable_bytes
+from r1fast.learn.memory import (
+    Asked,
+    Memory,
+    TrainingPlan,
+    cache_bytes,
+    plan_training,
+    readable_bytes,
+    working_bytes,
+)
+from r1fast.parallel import shards
 from r1fast.recipe import resolve_device
 
 if TYPE_CHECKING:
@@ -20,6 +29,7 @@ if TYPE_CHECKING:
     from r1fast.schema import DataSource, RecipeConfig, Stage
     from r1fast.tasks import Task
 
+SPREAD = ("pretrain", "sft", "distill", "grpo")  # stages whose model parallel.shard splits
 SAMPLER_SEQUENCES = 512  # sequences decoded together at most (stages/inputs.py), for the size of the KV cache
 _TYPICAL = 256  # problems of a task whose prompts are encoded for its mean prompt length
 
@@ -144,11 +154,9 @@ class _Planner:
         if shape is None:
             return None, None
         config, parameters = shape
-        models, longest = 1, self.recipe.model.max_length
-        if stage.kind == "grpo":
-            models += stage.objective.kl_coef > 0 and stage.adapters is None
-            models += sum(model is not None for model in (stage.reward_model, stage.safety_model))
-        weights = models * parameters * self.width
+        longest, lora = self.recipe.model.max_length, getattr(stage, "adapters", None)
+        split = shards(self.recipe.parallel.shard) if stage.kind in SPREAD else 1
+        weights = self._weights(stage, parameters, split)
         sequences = SAMPLER_SEQUENCES
         if stage.kind == "grpo" and not stage.evaluate:
             sequences = min(sequences, stage.prompts_per_step * stage.group_size)
@@ -157,7 +165,7 @@ class _Planner:
         if stage.kind in ("reject", "evaluate"):
             return Memory(weights=weights, cache=cache), None
         tokens = getattr(stage, "micro_batch_tokens", getattr(stage, "batch_tokens", None))
-        states, lora = stage.optimizer.states, getattr(stage, "adapters", None)
+        states, whole = stage.optimizer.states, parameters * self.width
         if lora is not None:
             from r1fast.model.lora import adapter_parameters
 
@@ -173,8 +181,21 @@ class _Planner:
             longest=longest,
             cache=cache,
             weights=weights,
+            shards=split,
+            gathered=whole if split > 1 and samples else 0.0,
+            working=working_bytes(config, self.width, trained=lora is None) if split > 1 else 0.0,
         )
         return found.memory, found
+
+    def _weights(self, stage: Stage, parameters: int, split: int) -> float:
+        """Bytes of all models of a stage on one rank. Trained shares are float32: they are the masters."""
+        trained = 4 if split > 1 and getattr(stage, "adapters", None) is None else self.width
+        found = parameters * trained / split
+        if stage.kind == "grpo":
+            found += parameters * self.width / split * (stage.objective.kl_coef > 0 and stage.adapters is None)
+            asked = sum(model is not None for model in (stage.reward_model, stage.safety_model))
+            found += parameters * self.width * asked
+        return found
 
     def _shape(self, start: str) -> tuple[DecoderConfig, int] | None:
         """(configuration, parameters) of the models that descend from `start`; of what a rank has of them."""
@@ -248,12 +269,18 @@ def print_plan(recipe: RecipeConfig, out: str) -> None:
     console.print(grid)
     for row in stages:
         found = row.training
-        if found is not None and (not found.fits or found.recompute or found.states == "bfloat16"):
+        told = found is not None and (found.memory.gathered or found.recompute or found.states == "bfloat16")
+        if told or (found is not None and not found.fits):
             console.print(f"{row.name}: {found.told()}")
     console.print(
         "tokens: at most, prompts and completions at their longest; memory: an estimate, at its greatest. Nothing was "
         "written."
     )
+    if (ranks := shards(recipe.parallel.shard)) > 1:
+        console.print(
+            f"parallel.shard={recipe.parallel.shard}: memory is that of each of the {ranks} ranks that hold shares of "
+            f"a model; the models of reject, evaluate and reward_model stages are whole on every rank."
+        )
     if (ranks := recipe.parallel.tensor) > 1:
         console.print(
             f"parallel.tensor={ranks}: memory is that of each of the {ranks} ranks that hold a model together: its "

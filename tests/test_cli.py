@@ -201,6 +201,13 @@ def test_dry_run_of_a_checkpoint_estimates_its_memory(here, capsys):
     assert not left_behind(here)
 
 
+def test_dry_run_of_shares_says_what_is_gathered(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as torchrun does
+    assert main([*GSM8K, "--dry-run", "parallel.shard=all"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "each of the 8 ranks that hold shares" in told and "whole weights, gathered once a step to sample" in told
+
+
 def test_help_names_the_presets_and_loads_no_torch():
     code = (
         "import sys; from r1fast.train import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code\n"

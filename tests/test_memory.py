@@ -14,7 +14,14 @@ from test_packing import grouped_rows
 from r1fast.config import UserError
 from r1fast.learn.learner import Learner
 from r1fast.learn.losses import cross_entropy_loss, log_probs, policy_loss
-from r1fast.learn.memory import Asked, activation_values, cache_bytes, plan_training, training_bytes
+from r1fast.learn.memory import (
+    Asked,
+    activation_values,
+    cache_bytes,
+    plan_training,
+    training_bytes,
+    working_bytes,
+)
 from r1fast.learn.optimizer import build_optimizer
 from r1fast.learn.packing import loss_weights, pack, row_from_example
 from r1fast.learn.room import Room, halve, pieces
@@ -115,6 +122,28 @@ def test_a_plan_leaves_alone_what_is_asked_for():
     found = planned(1e6, asked)
     assert not found.fits and (found.micro_batch_tokens, found.recompute, found.states) == (50_000, False, "float32")
     assert planned(1e9, Asked(states="bfloat16")).states == "bfloat16"
+
+
+def test_a_plan_of_shares_counts_what_is_gathered():
+    """To sample all of it, beside the cache; to learn what is at work, beside the activations: whichever is more."""
+    layer = 2 * 16 + 2 * 4 + 32 * 16 + 16 * 16 + 48 * 16 + 16 * 24
+    config = DecoderConfig(100, 16, 24, layers=3, heads=4, kv_heads=2, head_dim=4)
+    assert working_bytes(config, 2, trained=False) == (2 * 100 * 16 + 2 * layer) * 2
+    assert working_bytes(config, 2) == (2 * 100 * 16 + 2 * layer) * 2 + (2 * 100 * 16 + layer) * 6
+    assert training_bytes(8000, 2, shards=8) == 1000 * (4 + 8)  # the shares are the masters
+    assert training_bytes(8000, 2) == 8000 * (4 + 8 + 4)
+    shares = {"width": 2, "shards": 8, "gathered": 5e8, "working": 1e6, "weights": 5e5}
+    found = planned(1e9, **shares)
+    assert found.fits and found.gather_fits and found.memory.activations < 5e8 - 1e6
+    assert found.memory.total == 5e5 + 1_000_000 / 8 * 12 + 1e6 + 5e8
+    assert "gathered once a step to sample, 500 MB" in found.told()
+    tight = planned(1e9, **shares | {"gathered": 1e5, "working": 3e8})
+    assert tight.memory.total == 5e5 + 1_000_000 / 8 * 12 + 1e6 + 3e8 + tight.memory.activations
+    none = planned(4e8, **shares)
+    assert not none.fits and not none.gather_fits
+    assert "This does not fit: sampling gathers the whole weights on every rank, 500 MB beside" in none.told()
+    assert "parallel.tensor=N in place of parallel.shard" in none.told()
+    assert planned(1e3).gather_fits  # nothing is gathered
 
 
 def test_no_micro_batch_is_planned_below_the_longest_row():

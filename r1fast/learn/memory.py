@@ -91,6 +91,24 @@ class TrainingPlan:
     fits: bool
 
     @property
+    def gather_fits(self) -> bool:
+        """Whether there is room for the whole weights that a sharded policy is sampled with, beside what stays: smaller
+        micro-batches do not help where there is not."""
+        m = self.memory
+        return not m.gathered or m.gathered + m.training <= self.free
+
+    @property
+    def ungathered(self) -> str:
+        """What to do where there is none."""
+        m = self.memory
+        return (
+            f"sampling gathers the whole weights on every rank, {readable_bytes(m.gathered)} beside "
+            f"{readable_bytes(m.training)} of gradients and moments, and {readable_bytes(self.free)} are free: split "
+            f"what is computed as well (parallel.tensor=N in place of parallel.shard), take devices with more memory, "
+            f"or a smaller model"
+        )
+
+    @property
     def needed(self) -> float:
         """Bytes that are not taken yet."""
         return self.memory.total - self.memory.weights
@@ -100,11 +118,17 @@ class TrainingPlan:
         m = self.memory
         parts = f"training {readable_bytes(m.training)}, cache {readable_bytes(m.cache)}, "
         parts += f"activations {readable_bytes(m.activations)}"
+        parts += f", layers at work {readable_bytes(m.working)}" if m.working else ""
+        parts += f"; whole weights, gathered once a step to sample, {readable_bytes(m.gathered)}" if m.gathered else ""
         how = f"micro-batches of {self.micro_batch_tokens:,} tokens"
         how += ", activations recomputed" if self.recompute else ""
         how += ", moments in bfloat16" if self.states == "bfloat16" else ""
         found = f"memory: {how}; {readable_bytes(self.needed)} ({parts}) of {readable_bytes(self.free)} free"
-        return found if self.fits else f"{found}. This may not fit: lower model.max_length, or train adapters"
+        if self.fits:
+            return found
+        if not self.gather_fits:
+            return f"{found}. This does not fit: {self.ungathered}"
+        return f"{found}. This may not fit: lower model.max_length, or train adapters"
 
 
 def plan_training(
@@ -118,6 +142,9 @@ def plan_training(
     longest: int,
     cache: float = 0.0,
     weights: float = 0.0,
+    shards: int = 1,
+    gathered: float = 0.0,
+    working: float = 0.0,
 ) -> TrainingPlan:
     """The fastest settings that are estimated to fit; the smallest ones, with `fits` False, where none do.
 
@@ -125,7 +152,8 @@ def plan_training(
     (a third more work), moments in bfloat16. What the recipe asks for is not touched.
 
     trained: parameters with a gradient, held in `width` bytes. free: bytes, with all `weights` loaded. longest: tokens
-    of the longest row, which no micro-batch can be smaller than. cache: bytes the sampler will take.
+    of the longest row, which no micro-batch can be smaller than. cache: bytes the sampler will take. shards: ranks that
+    hold the trained parameters together; gathered, working: as of Memory.
     """
     most = asked.micro_batch_tokens or DEFAULT_TOKENS[device]
     sizes = [most]
@@ -136,7 +164,8 @@ def plan_training(
     for states, recompute in ways:
         for tokens in sizes:
             kept = max(tokens, longest) * activation_values(config, recompute) * width
-            memory = Memory(weights, training_bytes(trained, width, states), cache, kept)
+            lasting = training_bytes(trained, width, states, shards)
+            memory = Memory(weights, lasting, cache, kept, gathered, working)
             if memory.total - weights <= USED * free:
                 return TrainingPlan(tokens, recompute, states, memory, free, True)
     return TrainingPlan(tokens, recompute, states, memory, free, False)

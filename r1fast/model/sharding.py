@@ -68,6 +68,12 @@ def used_in(model: nn.Module) -> torch.dtype:
     return model.gathered_dtype if is_sharded(model) else next(model.parameters()).dtype
 
 
+def shards_of(model: nn.Module) -> int:
+    """Ranks that hold the model together; 1 where it is whole."""
+    mesh = getattr(next(filter(is_share, model.parameters()), None), "device_mesh", None)
+    return 1 if mesh is None else mesh.size(mesh.ndim - 1)
+
+
 def _units(model: nn.Module) -> list[Any]:
     """What is gathered as one: each layer, and the rest."""
     from torch.distributed.fsdp import FSDPModule

@@ -6,12 +6,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from r1fast.config import UserError
 from r1fast.device import free_memory
 from r1fast.learn.learner import Learner
-from r1fast.learn.memory import Asked, TrainingPlan, cache_bytes, plan_training
+from r1fast.learn.memory import Asked, TrainingPlan, cache_bytes, plan_training, working_bytes
 from r1fast.model.decoder import Decoder
 from r1fast.model.lora import adapters, fold, save_adapter
-from r1fast.model.sharding import is_sharded, used_in
+from r1fast.model.sharding import is_sharded, own, shards_of, used_in
 from r1fast.model.tensor_parallel import tensor_of
 from r1fast.model.weights import save
 from r1fast.parallel import world
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 def fit(
     ctx: StageContext, model: nn.Module, config: DecoderConfig, steps: int, sequences: int = 0
 ) -> tuple[Learner, TrainingPlan]:
-    """A learner of `model`, a Decoder or one within another module, set up as its memory plan says.
+    """A learner of `model`, a Decoder or one within another module, set up as its memory plan says. UserError where it
+    is sharded and cannot be gathered to be sampled with.
 
     steps: of the optimizer. sequences: that decode together at most. All models of the stage must be loaded: what is
     still free is what there is.
@@ -50,15 +52,30 @@ def fit(
         free=free,
         device=ctx.device,
         longest=longest,
+        **_of_shares(model, config, bool(sequences) or getattr(stage, "evaluate", False)),
         # the sampler takes no more than half
         cache=min(cache_bytes(config, sequences, longest, width), free / 2) + _copies(model, sequences),
-        weights=sum(p.nbytes for p in parameters),
+        weights=sum(own(p).nbytes for p in parameters),
     )
+    if not plan.gather_fits:
+        raise UserError(f"stage {ctx.name!r}: {plan.ungathered}")
     for module in model.modules():
         if hasattr(module, "recompute"):
             module.recompute = plan.recompute
     optimizer = stage.optimizer.model_copy(update={"states": plan.states})
     return Learner(model, optimizer, steps, plan.micro_batch_tokens, ctx.progress.warn), plan
+
+
+def _of_shares(model: nn.Module, config: DecoderConfig, sampled: bool) -> dict[str, float]:
+    """What `plan_training` is told of a sharded model. sampled: whether the stage samples with it."""
+    if not is_sharded(model):
+        return {}
+    width, frozen = used_in(model).itemsize, not next(model.parameters()).requires_grad
+    return {
+        "shards": shards_of(model),
+        "gathered": sum(p.numel() for p in model.parameters()) * width if sampled else 0.0,
+        "working": working_bytes(config, width, trained=not frozen),
+    }
 
 
 def _copies(model: nn.Module, sequences: int) -> int:
