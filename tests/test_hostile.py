@@ -63,11 +63,24 @@ def left_behind():
     return files, processes
 
 
+def tended(pid):
+    """Whether a worker that lives has started it: that of another run on this machine, where programs may stand still
+    for long."""
+    while pid not in ("0", "1"):
+        try:
+            if b"r1fast.rewards.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True
+            pid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            return False
+    return False
+
+
 def wait_until_gone(seconds=10.0):
-    """Processes of others' runs on the machine come and go: only what stays counts."""
+    """What is left of runs that are over. Other processes come and go: only what stays counts."""
     _, first = left_behind()
     deadline = time.monotonic() + seconds
-    while first and time.monotonic() < deadline:
+    while (first := {pid for pid in first if not tended(pid)}) and time.monotonic() < deadline:
         time.sleep(0.1)
         first &= left_behind()[1]
     return first
