@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.measure import DEVICE, SMALL, Report, arguments, ask, in_short, seconds
-from r1fast_kernels.triton_support import interpreter_unavailable, jit, tl, triton
+from r1fast_kernels.triton_support import interpreter_unavailable, jit, tl, triton_version
 
 MODULE = "benchmarks.first_device_test"
 WORKSPACES_OFF = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}  # before CUDA is initialised
@@ -216,7 +216,7 @@ def answer(report: Report, question: str, holds: bool, verdict: str, **detail) -
 
 
 def triton_reason() -> str | None:
-    if triton is None:
+    if triton_version() is None:
         return "triton is not installed"
     return interpreter_unavailable() if DEVICE == "cpu" else None
 

@@ -22,6 +22,7 @@ from benchmarks import (
     scaling,
     snapshots,
     tensor_scaling,
+    vs_trl,
 )
 from r1fast.report import markdown_table, write_picture
 
@@ -87,6 +88,12 @@ def sampling_part() -> str:
     return "\n\n".join(map(sampling.table, found)) + (picture if any(one["curves"] for one in found) else "")
 
 
+def vs_trl_part() -> str:
+    """What benchmarks.vs_trl left, one file a machine."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-vs_trl.json")))
+    return "\n\n".join(map(vs_trl.table, found))
+
+
 def scaling_part() -> str:
     """What benchmarks.scaling measured."""
     found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-scaling.json")))
@@ -102,10 +109,11 @@ PARTS = {
     "gpu": gpu_results.page_part,
     "snapshots": snapshots_part,
     "scaling": scaling_part,
+    "vs_trl": vs_trl_part,
     "predicted": scaling.predicted_table,
     "tensor": tensor_scaling.tensor_table,
 }
-PAGE_NAMES = ("kernels", "sampling", "gpu", "reliability", "scaling")
+PAGE_NAMES = ("kernels", "learning", "sampling", "gpu", "reliability", "scaling")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE_NAMES))
 
 

@@ -4,8 +4,11 @@ Both sides are processes that stay up and take a step in turns, so that a change
 ratio is the median of the ratios of the pairs, with the lowest and highest. Pairs during which other processes took
 more than a tenth of a core are measured again: two threads that wait for each other slow down tenfold then. TRL runs
 with the settings that were the fastest here: `--search` tries its micro-batches, with the C library's malloc as it is
-and told to keep its memory, and the file remembers what was tried. Measuring goes on where the file stops: a call that
-is cut short loses one pair.
+and told to keep its memory, and the file remembers what was tried.
+
+It says first how long it will take. The file is written after every pair and setting, beside what it holds of other
+cases, and measuring goes on where it stops: a call that is cut short loses one pair. `--case` asks for some cases by
+name.
 """
 
 from __future__ import annotations
@@ -39,8 +42,20 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967
 TRIED = [{"micro_batch": size, "malloc": malloc} for malloc in ("keep", "default") for size in (8, 16, 32, 64)]
 
 
-def case_name(size: str, work: str, kl: bool) -> str:
-    return f"{size}, {work}, KL {'on' if kl else 'off'}"
+STARTS = 12.0  # seconds until a contender has imported, loaded and is ready
+# Of the machine's rate, on the operations that each side computes (TRL forwards a prompt for every sample); what is
+# told beforehand of a case that was never measured, and nothing else, hangs on them. TRL's are its steps at 3M.
+EXPECTED = {"r1fast": 0.5, "TRL": 0.28}
+
+
+def cases() -> dict[str, Shape]:
+    """All that can be measured, by name."""
+    return {
+        f"{size}, {work}, KL {'on' if kl else 'off'}": replace(shape, **more, kl=kl)
+        for size, shape in SIZES.items()
+        for work, more in WORKS.items()
+        for kl in (True, False)
+    }
 
 
 class Contender:
@@ -138,11 +153,18 @@ class Results:
 
     def case(self, name: str, trl: dict, ours: dict) -> dict:
         """The case's entry; a new one where it was measured at another commit or with other settings."""
-        entry = self.data["cases"].get(name)
-        told = {"commit": self.commit, "trl": trl, "ours": ours}
+        entry, told = self.data["cases"].get(name), self._told(trl, ours)
         if entry is None or any(entry[key] != value for key, value in told.items()):
             entry = self.data["cases"][name] = {**told, "peak_flops": peak_rate(), "pairs": []}
         return entry
+
+    def _told(self, trl: dict, ours: dict) -> dict:
+        return {"commit": self.commit, "trl": trl, "ours": ours}
+
+    def there(self, name: str, ours: dict) -> list[dict]:
+        """The pairs that are there already, of this commit and these settings."""
+        entry, told = self.data["cases"].get(name), self._told(self.best(name), ours)
+        return entry["pairs"] if entry and all(entry[key] == value for key, value in told.items()) else []
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,11 +177,48 @@ def start(who: str, shape: Shape, checkpoint: Path, settings: dict) -> Contender
     return Contender(who, shape, checkpoint, settings, malloc)
 
 
-def search(results: Results, name: str, shape: Shape, checkpoint: Path, deadline: float) -> None:
+class Clock:
+    """How long all that was asked for will take, and how far it is."""
+
+    def __init__(self, results: Results, pairs: int, minutes: float) -> None:
+        self.results, self.pairs = results, pairs
+        self.began = time.monotonic()
+        self.deadline = self.began + 60 * minutes
+        self.expected = 0.0
+        self._rate: float | None = None
+
+    def step(self, name: str, shape: Shape, who: str) -> float:
+        """Seconds that a step is expected to take: as measured, at whatever commit, or from its operations."""
+        entry = self.results.data["cases"].get(name)
+        if entry and entry["pairs"]:
+            return median(pair[who]["seconds"] for pair in entry["pairs"])
+        self._rate = self._rate or peak_rate()
+        return sum(shape.flops(who == "r1fast").values()) / self._rate / EXPECTED[who]
+
+    def search(self, name: str, shape: Shape) -> float:
+        """Seconds that `search` will take."""
+        tried = len(self.results.data["tried"].get(name, []))
+        return (len(TRIED) - tried) * (STARTS + 2 * self.step(name, shape, "TRL"))
+
+    def measure(self, name: str, shape: Shape, ours: dict) -> float:
+        """Seconds that `measure` will take."""
+        left = self.pairs - len(self.results.there(name, ours))
+        each = sum(self.step(name, shape, who) for who in CONTENDERS)
+        return 2 * STARTS + (left + 1) * each if left > 0 else 0.0
+
+    def over(self, next_step: float = 0.0) -> bool:
+        return time.monotonic() + next_step > self.deadline
+
+    def say(self, text: str) -> None:
+        passed = (time.monotonic() - self.began) / 60
+        print(f"[{passed:.1f} of about {self.expected / 60:.1f} min] {text}", flush=True)
+
+
+def search(results: Results, name: str, shape: Shape, checkpoint: Path, clock: Clock) -> None:
     """TRL's seconds with each of its settings, of the first undisturbed step after one to warm up."""
     tried = results.data["tried"].setdefault(name, [])
     for settings in TRIED:
-        if any(row["settings"] == settings for row in tried) or time.monotonic() > deadline:
+        if any(row["settings"] == settings for row in tried) or clock.over():
             continue
         with start("TRL", shape, checkpoint, settings) as trl:
             trl.step()
@@ -170,31 +229,31 @@ def search(results: Results, name: str, shape: Shape, checkpoint: Path, deadline
         if step["others"] <= OTHERS:
             tried.append({"settings": settings, "seconds": round(step["seconds"], 3)})
             results.write()
-        print(f"{name}: TRL {settings}: {step['seconds']:.2f} s, others {step['others']:.2f}", flush=True)
+        clock.say(f"{name}: TRL {settings}: {step['seconds']:.2f} s, others {step['others']:.2f}")
 
 
-def measure(results: Results, name: str, shape: Shape, checkpoint: Path, pairs: int, ours: dict, until: float) -> None:
-    """Pairs of steps, ours and TRL's in turns, until there are `pairs` of them."""
+def measure(results: Results, name: str, shape: Shape, checkpoint: Path, ours: dict, clock: Clock) -> None:
+    """Pairs of steps, ours and TRL's in turns, until there are enough."""
     entry = results.case(name, results.best(name), ours)
     entry["flops"] = {"shared": shape.flops(True), "unshared": shape.flops(False)}
-    if len(entry["pairs"]) >= pairs:
+    if len(entry["pairs"]) >= clock.pairs:
         return
     with start("r1fast", shape, checkpoint, ours) as mine, start("TRL", shape, checkpoint, entry["trl"]) as trl:
         both = {"r1fast": mine, "TRL": trl}
         for contender in both.values():
             contender.step()
-        while len(entry["pairs"]) < pairs:
+        while len(entry["pairs"]) < clock.pairs:
             took = time.monotonic()
             pair = {who: contender.step() for who, contender in both.items()}
             disturbed = max(step["others"] for step in pair.values())
             line = "  ".join(f"{who} {step['seconds']:.2f} s" for who, step in pair.items())
             if disturbed > OTHERS:
-                print(f"{name}: {line}  not counted: others took {disturbed:.0%} of a core", flush=True)
+                clock.say(f"{name}: {line}  not counted: others took {disturbed:.0%} of a core")
             else:
                 entry["pairs"].append(pair)
                 results.write()
-                print(f"{name}: {line}", flush=True)
-            if 2 * time.monotonic() - took > until:
+                clock.say(f"{name}, {len(entry['pairs'])} of {clock.pairs}: {line}")
+            if clock.over(time.monotonic() - took):
                 return
 
 
@@ -205,16 +264,27 @@ def summary(entry: dict) -> dict:
         steps = [pair[who] for pair in entry["pairs"]]
         found[who] = {p: median(s["phases"].get(p, 0.0) for s in steps) for p in PHASES}
         found[who] |= {"seconds": median(s["seconds"] for s in steps), "peak": max(s["peak"] for s in steps)}
-        found[who]["before"] = steps[0]["before"]
+        found[who]["above"] = max(s["peak"] - s["imports"] for s in steps)
         found[who]["tokens"] = median(s["tokens"] / s["seconds"] for s in steps)
     ratios = [pair["TRL"]["seconds"] / pair["r1fast"]["seconds"] for pair in entry["pairs"]]
     found["ratio"] = (median(ratios), min(ratios), max(ratios))
+    found["memory"] = tuple(found["r1fast"][what] / found["TRL"][what] for what in ("peak", "above"))
     found["useful"] = sum(entry["flops"]["shared"].values()) / found["r1fast"]["seconds"] / entry["peak_flops"]
     return found
 
 
 def table(data: dict) -> str:
-    head = ["model, prompts x samples, KL", "by", "step, s", *PHASES, "tokens/s", "peak MB", "times r1fast"]
+    """What is in a file: a line for each side of each case, and what it was measured on."""
+    head = [
+        "model, prompts x samples, KL",
+        "by",
+        "step, s",
+        *PHASES,
+        "tokens/s",
+        "times r1fast",
+        "peak MB",
+        "of it steps",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
     notes = []
     for name, entry in data["cases"].items():
@@ -226,43 +296,57 @@ def table(data: dict) -> str:
             ratio = "1" if who == "r1fast" else "{:.2f} ({:.2f}–{:.2f})".format(*found["ratio"])
             cells = [name if who == "r1fast" else "", who, f"{row['seconds']:.2f}"]
             cells += [f"{row[phase]:.2f}" for phase in PHASES]
-            cells += [f"{row['tokens']:,.0f}", f"{row['peak'] / 1e6:.0f}", ratio]
+            cells += [f"{row['tokens']:,.0f}", ratio, f"{row['peak'] / 1e6:,.0f}", f"{row['above'] / 1e6:,.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
-        rate, pairs = entry["peak_flops"] / 1e9, len(entry["pairs"])
-        notes.append(f"{name}: {found['useful']:.0%} of {rate:.0f} GFLOP/s at {entry['commit']}, {pairs} pairs")
+        rate, whole, above = entry["peak_flops"] / 1e9, *found["memory"]
+        note = f"- {name}, at {entry['commit']}, {len(entry['pairs'])} pairs: "
+        note += f"{found['useful']:.0%} of {rate:.0f} GFLOP/s; "
+        note += f"peak memory {whole:.2f} of TRL's, without the imports {above:.2f}; "
+        notes.append(
+            note + f"TRL with {json.dumps(entry['trl'])}" + (f", ours {entry['ours']}" if entry["ours"] else "")
+        )
     where = data["machine"]
     text = f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, TRL {where['trl']}, "
-    text += f"transformers {where['transformers']}. Useful work (each prompt forwarded once a group) a second, as a "
-    text += "share of what torch's float32 product of 2048 reaches: "
-    return "\n".join([*lines, "", text + "; ".join(notes) + "."])
+    text += f"transformers {where['transformers']}. Medians; `peak` is the whole process's, `of it steps` what came on "
+    text += (
+        "top of its imports (models, optimizer, cache, activations). Useful work (each prompt forwarded once a group) "
+    )
+    text += "a second, as a share of what torch's float32 product of 2048 reaches, memory, and settings:"
+    return "\n".join([*lines, "", text, "", *notes])
 
 
 def main() -> int:
+    known = cases()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vs_trl", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
-    parser.add_argument("--kl", nargs="+", default=["on", "off"], choices=["on", "off"])
+    parser.add_argument(
+        "--case", nargs="+", default=list(known), choices=list(known), metavar="CASE", help=", ".join(known)
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop at the next step after so many")
     parser.add_argument("--search", action="store_true", help="find TRL's best settings instead")
     parser.add_argument("--ours", type=json.loads, default={}, help="of our stage's block of the recipe, as JSON")
+    parser.add_argument("--estimate", action="store_true", help="say how long it would take, and nothing else")
     options = parser.parse_args()
-    results, deadline = Results(), time.monotonic() + 60 * options.minutes
-    for size in options.sizes:
-        for work in options.works:
-            for kl in options.kl:
-                shape, name = replace(SIZES[size], **WORKS[work], kl=kl == "on"), case_name(size, work, kl == "on")
-                with tempfile.TemporaryDirectory() as folder:
-                    checkpoint = Path(folder) / "checkpoint"
-                    make_checkpoint(shape, checkpoint)
-                    if time.monotonic() > deadline:
-                        continue
-                    if options.search:
-                        search(results, name, shape, checkpoint, deadline)
-                    else:
-                        measure(results, name, shape, checkpoint, options.pairs, options.ours, deadline)
-    results.write()
-    print(f"{table(results.data)}\n\nwritten to {results.path.relative_to(ROOT)}")
+    results = Results()
+    clock = Clock(results, options.pairs, options.minutes)
+    for name in options.case:
+        takes = clock.search(name, known[name]) if options.search else clock.measure(name, known[name], options.ours)
+        print(f"{name}: about {takes / 60:.1f} min", flush=True)
+        clock.expected += takes
+    print(f"all: about {clock.expected / 60:.0f} min where nothing else runs", flush=True)
+    for name in [] if options.estimate else options.case:
+        if clock.over():
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = Path(folder) / "checkpoint"
+            make_checkpoint(known[name], checkpoint)
+            if options.search:
+                search(results, name, known[name], checkpoint, clock)
+            else:
+                measure(results, name, known[name], checkpoint, options.ours, clock)
+    if not options.estimate:
+        results.write()
+        print(f"{table(results.data)}\n\nwritten to {results.path.relative_to(ROOT)}")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 The processes that benchmarks.vs_trl and the GPU's script start live here. A contender is a function
 `(Shape, checkpoint folder, settings, wait, told)`: it gets ready, then takes a step whenever `wait()` allows one more
-and says of it, through `told`, what `Step` holds. (TRL's trainer owns its loop, so both are asked this way.)
+and says of it, through `told`, its seconds, those of its phases, and the tokens drawn. (TRL's trainer owns its loop, so
+both are asked this way.) Peak memory is told beside what the process held when its imports were done, and when it was
+ready: hundreds of megabytes of libraries are in every figure of a whole process, on both sides.
 
 The checkpoint never draws the end of a sequence, so that every completion has its full length on both sides: dimension
 0 of all embeddings is the same positive number, which no layer writes to and which moves no distribution, and that of
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from random import Random
 
@@ -297,6 +300,14 @@ def trl_steps(shape: Shape, checkpoint: Path, settings: dict, wait: Wait, told: 
 
 
 CONTENDERS = {"r1fast": r1fast_steps, "TRL": trl_steps}
+IMPORTS = {  # what each side's code needs, told apart from what its models and steps take
+    "r1fast": {
+        "r1fast.heap": "keep_freed_memory",
+        "r1fast.stages.grpo": "GRPOStageRun",
+        "transformers": "AutoTokenizer",
+    },
+    "TRL": {"datasets": "Dataset", "transformers": "AutoTokenizer", "trl": "GRPOTrainer"},
+}
 
 
 def serve() -> None:
@@ -304,7 +315,9 @@ def serve() -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # libraries print
     asked = json.loads(sys.stdin.readline())
     shape = Shape(**asked["shape"] | {"prompt": tuple(asked["shape"]["prompt"])})
-    before = None
+    for module, name in IMPORTS[asked["who"]].items():
+        getattr(import_module(module), name)  # what is imported lazily, too
+    imports, before = peak_bytes("cpu"), None
 
     def wait() -> bool:
         nonlocal before
@@ -315,7 +328,7 @@ def serve() -> None:
 
     def told(seconds: float, phases: dict[str, float], tokens: int) -> None:
         line = {"seconds": seconds, "phases": phases, "tokens": tokens}
-        line |= {"peak": peak_bytes(shape.device), "before": before}
+        line |= {"peak": peak_bytes(shape.device), "before": before, "imports": imports}
         print(json.dumps(line), file=out, flush=True)
 
     CONTENDERS[asked["who"]](shape, Path(asked["checkpoint"]), asked["settings"], wait, told)

@@ -7,7 +7,7 @@ import torch
 
 from r1fast_kernels import load_ops, native
 from r1fast_kernels.op import AUTOMATIC, BACKENDS, LIBRARIES, VARIABLE, Op
-from r1fast_kernels.triton_support import triton
+from r1fast_kernels.triton_support import triton_version
 
 OURS = tuple(name for name in BACKENDS if name not in LIBRARIES)
 
@@ -34,7 +34,7 @@ def table() -> tuple[list[list[str]], list[str]]:
 
 
 def versions() -> str:
-    parts = [f"torch {torch.__version__}", f"triton {triton.__version__ if triton else 'not installed'}"]
+    parts = [f"torch {torch.__version__}", f"triton {triton_version() or 'not installed'}"]
     if native.cpu_unavailable() is None:
         parts.append(f"CPU kernels {native.cpu().isa}, {torch.get_num_threads()} threads")
     parts.append(torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, no CUDA device")

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from r1fast_kernels import OPS, grpo_loss, native, paged_append, paged_attention
 from r1fast_kernels.op import LIVES_ON
 from r1fast_kernels.paged_groups import find_groups, positions_read
 from r1fast_kernels.sample_token import reference as sample_reference
-from r1fast_kernels.triton_support import triton
 
 TESTS = Path(__file__).parent
 ON = LIVES_ON["cuda"]
@@ -297,7 +297,8 @@ BUILT = "not built" not in (native.cuda_unavailable() or "")
 @pytest.mark.skipif(EMULATED or not BUILT, reason="nvcc did not build the module")
 def test_compiled_kernels_use_no_stack():
     """Registers that do not fit are spilled to the stack, which lies in device memory."""
-    tool = triton and Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    triton = find_spec("triton")
+    tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = tool if tool and tool.exists() else shutil.which("cuobjdump")
     if not tool:
         pytest.skip("neither Triton nor CUDA brings cuobjdump")

@@ -17,7 +17,7 @@ from benchmarks.gpu import ceilings, checkpoints, determinism, exactness, measur
 from benchmarks.gpu import profile as profile_part  # noqa: E402
 from benchmarks.gpu import sampling as sampling_part  # noqa: E402
 from r1fast_kernels import load_ops  # noqa: E402
-from r1fast_kernels.triton_support import triton  # noqa: E402
+from r1fast_kernels.triton_support import triton_version  # noqa: E402
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="in small, and so without a GPU")
@@ -180,7 +180,7 @@ for tile, *more in ((64, 64, 64, 4), 512), ((64, 16, 64, 4), 0), ((128, 256, 64,
 """
 
 
-@pytest.mark.skipif(triton is None, reason="triton is not installed")
+@pytest.mark.skipif(triton_version() is None, reason="triton is not installed")
 def test_the_first_device_test_compares_the_instructions_that_it_says(clean_environment):
     """Compiled for Hopper: wgmma for tiles of 64 rows and more, mma.sync for smaller ones, nothing spilled."""
     path = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}

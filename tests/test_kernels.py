@@ -17,7 +17,7 @@ from torch import Tensor
 
 import r1fast_kernels
 from r1fast_kernels.op import LIVES_ON, Case, Op, Tolerance
-from r1fast_kernels.triton_support import interpreted, interpreter_unavailable, triton
+from r1fast_kernels.triton_support import interpreted, interpreter_unavailable, triton_version
 
 OPS = r1fast_kernels.load_ops()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -266,7 +266,7 @@ def test_every_public_op_is_registered():
     assert set(OPS) == set(r1fast_kernels.OP_MODULES)
 
 
-needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(triton_version() is None, reason="triton is not installed")
 once = pytest.mark.skipif(interpreted(), reason="this is the child process")
 
 

@@ -209,3 +209,26 @@ def test_the_readme_names_only_files_that_exist():
         pytest.skip("there is no README.md yet")
     missing = [path for path in tree_paths(readme.read_text(encoding="utf-8")) if not list(ROOT.glob(path.rstrip("/")))]
     assert not missing
+
+
+def test_a_step_of_training_imports_neither_torchs_compiler_nor_triton_where_nothing_runs_them():
+    """Each takes 70 MB and half a second or more; a torch without CUDA has nothing to run Triton's kernels on."""
+    code = """
+import sys, torch
+from r1fast.learn.learner import Learner
+from r1fast.learn.losses import cross_entropy_loss
+from r1fast.learn.packing import loss_weights, pack, row_from_example
+from r1fast.model.decoder import Decoder, DecoderConfig
+from r1fast.schema import OptimizerConfig
+config = DecoderConfig(vocab_size=9, hidden_size=8, intermediate_size=8, layers=1, heads=1, kv_heads=1, head_dim=8)
+learner = Learner(Decoder(config).initialize(0), OptimizerConfig(), 10)
+rows = [row_from_example([1, 2], [3, 4, 5])]
+before = learner.model.head.detach().clone()
+learner.step(pack(rows, loss_weights(rows, "token"), 100), cross_entropy_loss)
+learner.load_state_dict(learner.state_dict())
+assert not torch.equal(before, learner.model.head)
+print(*({"torch._dynamo"} if torch.version.cuda else {"torch._dynamo", "triton"}) & set(sys.modules))
+"""
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip() == ""

@@ -54,22 +54,29 @@ def test_prompts_have_the_lengths_that_were_asked_for():
 
 
 def pair(ours: float, theirs: float) -> dict:
-    def step(seconds: float) -> dict:
+    def step(seconds: float, imports: float) -> dict:
         phases = {"sample": 0.5 * seconds, "learn": 0.5 * seconds}
-        return {"seconds": seconds, "phases": phases, "tokens": 100, "peak": 2e8, "before": 1e8}
+        return {"seconds": seconds, "phases": phases, "tokens": 100, "peak": 2e8, "imports": imports}
 
-    return {"r1fast": step(ours), "TRL": step(theirs)}
+    return {"r1fast": step(ours, 1.5e8), "TRL": step(theirs, 1e8)}
 
 
 def test_the_table_shows_medians_and_the_spread_of_the_pairs_ratios():
-    entry = {"commit": "abc", "peak_flops": 1e11, "flops": {"shared": {"sample": 1e11}, "unshared": {}}}
+    entry = {
+        "commit": "abc",
+        "trl": {"micro_batch": 8},
+        "ours": {},
+        "peak_flops": 1e11,
+        "flops": {"shared": {"sample": 1e11}, "unshared": {}},
+    }
     entry |= {"pairs": [pair(2.0, 8.0), pair(1.0, 6.0), pair(4.0, 20.0)]}
     machine = {"processor": "P", "threads": 2, "torch": "2", "trl": "1", "transformers": "5"}
     table = vs_trl.table({"machine": machine, "cases": {"3M, 8 x 8, KL on": entry, "not yet": {"pairs": []}}})
     ours, theirs = table.splitlines()[2:4]
-    assert ours == "| 3M, 8 x 8, KL on | r1fast | 2.00 | 1.00 | 0.00 | 0.00 | 1.00 | 0.00 | 50 | 200 | 1 |"
-    assert theirs.endswith("| TRL | 8.00 | 4.00 | 0.00 | 0.00 | 4.00 | 0.00 | 12 | 200 | 5.00 (4.00–6.00) |")
-    assert "3M, 8 x 8, KL on: 50% of 100 GFLOP/s at abc, 3 pairs" in table and "not yet" not in table
+    assert ours == "| 3M, 8 x 8, KL on | r1fast | 2.00 | 1.00 | 0.00 | 0.00 | 1.00 | 0.00 | 50 | 1 | 200 | 50 |"
+    assert theirs.endswith("| TRL | 8.00 | 4.00 | 0.00 | 0.00 | 4.00 | 0.00 | 12 | 5.00 (4.00–6.00) | 200 | 100 |")
+    assert "- 3M, 8 x 8, KL on, at abc, 3 pairs: 50% of 100 GFLOP/s; peak memory 1.00 of TRL's" in table
+    assert "without the imports 0.50; TRL with {" in table and "not yet" not in table
 
 
 def test_settings_that_were_tried_are_remembered_and_the_best_is_used(tmp_path, monkeypatch):
@@ -86,3 +93,33 @@ def test_settings_that_were_tried_are_remembered_and_the_best_is_used(tmp_path, 
     assert again.case("case", {"a": 2}, {}) is first
     assert again.case("case", {"a": 3}, {})["pairs"] == []  # other settings: measured anew
     assert json.loads(results.path.read_text())["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_the_time_that_it_will_take_is_said_from_what_was_measured_or_from_the_operations(tmp_path, monkeypatch):
+    monkeypatch.setattr(vs_trl, "RESULTS", tmp_path)
+    monkeypatch.setattr(vs_trl, "peak_rate", lambda: 1e11)
+    results, name = vs_trl.Results(), "3M, 8 x 8, KL on"
+    shape = vs_trl.cases()[name]
+    clock = vs_trl.Clock(results, 5, 60)
+    assert clock.step(name, shape, "TRL") == pytest.approx(sum(shape.flops(False).values()) / 1e11 / 0.28)
+    assert clock.search(name, shape) == pytest.approx(8 * (12 + 2 * clock.step(name, shape, "TRL")))
+    results.case(name, results.best(name), {})["pairs"] += [pair(1.0, 5.0), pair(2.0, 6.0)]
+    assert clock.measure(name, shape, {}) == pytest.approx(2 * 12 + (3 + 1) * (1.5 + 5.5))  # three are missing
+    results.case(name, results.best(name), {})["pairs"] += [pair(1.0, 5.0)] * 3
+    assert clock.measure(name, shape, {}) == 0
+    assert clock.measure(name, shape, {"epochs": 2}) == pytest.approx(2 * 12 + 6 * (1.0 + 5.0))  # other settings: anew
+    results.data["tried"][name] = [{"settings": vs_trl.TRIED[0], "seconds": 1.0}] * 7
+    assert clock.search(name, shape) == pytest.approx(12 + 2 * 5.0)
+
+
+def test_cases_are_named_as_they_are_asked_for(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(vs_trl, "RESULTS", tmp_path)
+    monkeypatch.setattr(vs_trl, "peak_rate", lambda: 1e11)
+    monkeypatch.setattr("sys.argv", ["vs_trl", "--estimate", "--case", "30M, 4 x 16 long, KL off"])
+    assert vs_trl.main() == 0
+    said = capsys.readouterr().out
+    assert said.startswith("30M, 4 x 16 long, KL off: about ") and "all: about " in said
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("sys.argv", ["vs_trl", "--case", "70B"])
+    with pytest.raises(SystemExit):
+        vs_trl.main()
