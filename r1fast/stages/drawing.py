@@ -198,6 +198,8 @@ class Draws:
 
         with self.timer("sample"):
             self.sampler.sample(prompts, params, on_group=finished)
+            if self.ctx.device == "cpu":  # of the next weights nothing in it is true, and the learner needs the room
+                self.sampler.release()
         score()
         with self.timer("learn" if self.when == "beside" else "score"):
             feed.rest()
