@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -264,13 +265,17 @@ def summary(entry: dict) -> dict:
         steps = [pair[who] for pair in entry["pairs"]]
         found[who] = {p: median(s["phases"].get(p, 0.0) for s in steps) for p in PHASES}
         found[who] |= {"seconds": median(s["seconds"] for s in steps), "peak": max(s["peak"] for s in steps)}
-        found[who]["above"] = max(s["peak"] - s["imports"] for s in steps)
+        found[who]["above"] = max(s["peak"] - s.get("imports", math.nan) for s in steps)  # not told by old files
         found[who]["tokens"] = median(s["tokens"] / s["seconds"] for s in steps)
     ratios = [pair["TRL"]["seconds"] / pair["r1fast"]["seconds"] for pair in entry["pairs"]]
     found["ratio"] = (median(ratios), min(ratios), max(ratios))
     found["memory"] = tuple(found["r1fast"][what] / found["TRL"][what] for what in ("peak", "above"))
     found["useful"] = sum(entry["flops"]["shared"].values()) / found["r1fast"]["seconds"] / entry["peak_flops"]
     return found
+
+
+def _told(number: float, form: str) -> str:
+    return "not told" if math.isnan(number) else format(number, form)
 
 
 def table(data: dict) -> str:
@@ -296,12 +301,12 @@ def table(data: dict) -> str:
             ratio = "1" if who == "r1fast" else "{:.2f} ({:.2f}–{:.2f})".format(*found["ratio"])
             cells = [name if who == "r1fast" else "", who, f"{row['seconds']:.2f}"]
             cells += [f"{row[phase]:.2f}" for phase in PHASES]
-            cells += [f"{row['tokens']:,.0f}", ratio, f"{row['peak'] / 1e6:,.0f}", f"{row['above'] / 1e6:,.0f}"]
+            cells += [f"{row['tokens']:,.0f}", ratio, f"{row['peak'] / 1e6:,.0f}", _told(row["above"] / 1e6, ",.0f")]
             lines.append("| " + " | ".join(cells) + " |")
         rate, whole, above = entry["peak_flops"] / 1e9, *found["memory"]
         note = f"- {name}, at {entry['commit']}, {len(entry['pairs'])} pairs: "
         note += f"{found['useful']:.0%} of {rate:.0f} GFLOP/s; "
-        note += f"peak memory {whole:.2f} of TRL's, without the imports {above:.2f}; "
+        note += f"peak memory {whole:.2f} of TRL's, without the imports {_told(above, '.2f')}; "
         notes.append(
             note + f"TRL with {json.dumps(entry['trl'])}" + (f", ours {entry['ours']}" if entry["ours"] else "")
         )

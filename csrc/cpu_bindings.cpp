@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/ops.h"
+#include "cpu_memory.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -122,6 +123,54 @@ void check_targets(const int64_t* targets, int64_t rows, int64_t vocabulary) {
 }
 
 r1::Strided strided(Address data, int64_t row, int64_t head) { return {at<const float>(data), row, head}; }
+
+// DLPack's structures (github.com/dmlc/dlpack, version 0.8), which are an interface between binaries.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device;
+  int32_t dimensions;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t offset;
+};
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+struct Block {
+  DLManagedTensor managed;
+  int64_t shape[8];
+};
+
+r1::Memory& memory() {
+  static auto* kept = new r1::Memory;  // never destroyed: tensors may outlive every static
+  return *kept;
+}
+
+void release_block(DLManagedTensor* tensor) {
+  memory().give_back(tensor->tensor.data);
+  delete static_cast<Block*>(tensor->context);
+}
+
+py::object memory_tensor(const py::tuple& shape) {
+  if (shape.size() > 8) throw std::invalid_argument("memory: at most 8 dimensions");
+  int64_t count = 1;
+  auto* block = new Block{};
+  for (size_t i = 0; i < shape.size(); ++i) count *= block->shape[i] = shape[i].cast<int64_t>();
+  void* data = count > 0 ? memory().take(count * sizeof(float)) : nullptr;
+  if (!data) {
+    delete block;
+    return py::none();
+  }
+  block->managed = {{data, 1, 0, int32_t(shape.size()), 2, 32, 1, block->shape, nullptr, 0}, block, release_block};
+  return py::capsule(&block->managed, "dltensor", [](PyObject* capsule) {  // unless a tensor has taken it over
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    unused->deleter(unused);
+  });
+}
 
 PYBIND11_MODULE(_cpu, m) {
   const Ops& ops = choose();
@@ -337,4 +386,6 @@ PYBIND11_MODULE(_cpu, m) {
         ops.swiglu_backward(at<const float>(gate_up), row, at<const float>(d_out), rows, width, at<float>(d_gate_up));
       },
       Release());
+  m.def("memory_in_use", [] { return memory().in_use(); });
+  m.def("memory", &memory_tensor, "None or a DLPack capsule of float32 [shape], whose block comes back with its tensor");
 }

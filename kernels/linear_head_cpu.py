@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1fast_kernels import native
+from r1fast_kernels import memory, native
 from r1fast_kernels.grpo_loss import KIND_NUMBER
 
 NO_LOSS, GIVEN_SLOPE, GRPO = 0, 1, 2  # HeadCall::Loss
@@ -64,7 +64,7 @@ def run(
     found = Found()
     found.logp = hidden.new_empty(rows)
     found.entropy = hidden.new_empty(rows) if entropy else None
-    found.d_hidden = torch.empty_like(hidden) if wants[0] else None
+    found.d_hidden = memory.empty(hidden, hidden.shape) if wants[0] else None
     found.d_weight = torch.empty_like(weight) if wants[1] else None
     found.stats = hidden.new_empty(6) if loss == GRPO else None
     native.cpu().linear_head(

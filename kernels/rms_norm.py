@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels import native
+from r1fast_kernels import memory, native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
@@ -185,11 +185,11 @@ def _cpu_forward(x, weight, eps, residual) -> tuple[Tensor | tuple[Tensor, Tenso
     2.6 ms, the heads of q (15k x 4 x 16) 6.6 and 2.8 ms, 8k x 512 35 and 14 ms."""
     x, place = _cpu_place(x)
     weight = weight.contiguous()
-    y, scale = x.new_empty(x.shape), x.new_empty(place[3])
+    y, scale = memory.empty(x, x.shape), x.new_empty(place[3])
     if residual is None:
         native.cpu().rms_norm_forward(*place, 0, weight.data_ptr(), eps, 0, y.data_ptr(), scale.data_ptr())
         return y, (x, weight, scale, False)
-    residual, total = residual.contiguous(), x.new_empty(x.shape)
+    residual, total = residual.contiguous(), memory.empty(x, x.shape)
     addresses = (total.data_ptr(), y.data_ptr(), scale.data_ptr())
     native.cpu().rms_norm_forward(*place, residual.data_ptr(), weight.data_ptr(), eps, *addresses)
     return (y, total), (total, weight, scale, True)
@@ -198,7 +198,8 @@ def _cpu_forward(x, weight, eps, residual) -> tuple[Tensor | tuple[Tensor, Tenso
 def _cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor | None]:
     normalised, weight, scale, with_residual = saved
     normalised, place = _cpu_place(normalised)
-    d_y, d_x, d_weight = grads[0].contiguous(), weight.new_empty(normalised.shape), weight.new_empty(weight.shape)
+    d_y, d_x = grads[0].contiguous(), memory.empty(weight, normalised.shape)
+    d_weight = weight.new_empty(weight.shape)
     d_total = grads[1].contiguous() if with_residual else None
     native.cpu().rms_norm_backward(
         *place, weight.data_ptr(), scale.data_ptr(), d_y.data_ptr(), 0 if d_total is None else d_total.data_ptr(),

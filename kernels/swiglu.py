@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels import native
+from r1fast_kernels import memory, native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 from r1fast_kernels.triton_support import jit, next_power_of_2, tl, triton_unavailable, where_triton_runs
 
@@ -100,7 +100,7 @@ def _cpu_forward(gate_up) -> tuple[Tensor, tuple]:
     and 9 ms, 8k x 3072 65 and 33 ms."""
     gate_up = native.without_gaps(gate_up) if gate_up.dim() == 2 else gate_up.contiguous()
     sizes = _cpu_sizes(gate_up)
-    out = gate_up.new_empty((*gate_up.shape[:-1], sizes[2]))
+    out = memory.empty(gate_up, (*gate_up.shape[:-1], sizes[2]))
     native.cpu().swiglu_forward(gate_up.data_ptr(), *sizes, out.data_ptr())
     return out, (gate_up,)
 
@@ -108,7 +108,7 @@ def _cpu_forward(gate_up) -> tuple[Tensor, tuple]:
 def _cpu_backward(saved, grads, needs) -> tuple[Tensor]:
     (gate_up,) = saved
     row, rows, width = _cpu_sizes(gate_up)
-    d_out, d_gate_up = grads[0].contiguous(), gate_up.new_empty(gate_up.shape)
+    d_out, d_gate_up = grads[0].contiguous(), memory.empty(gate_up, gate_up.shape)
     native.cpu().swiglu_backward(gate_up.data_ptr(), row, d_out.data_ptr(), rows, width, d_gate_up.data_ptr())
     return (d_gate_up,)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast_kernels import native
+from r1fast_kernels import memory, native
 from r1fast_kernels import varlen_attention_library as library
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
 
@@ -152,7 +152,7 @@ def cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale, cu_groups: Tensor | None
     q, k, v = native.without_gaps(q), native.without_gaps(k), native.without_gaps(v)
     cu_seqlens = cu_seqlens.contiguous()
     rows, heads, width = q.shape
-    out, softmax = q.new_empty(q.shape), q.new_empty((rows, heads, 2))  # of each row: maximum, 1 / sum
+    out, softmax = memory.empty(q, q.shape), memory.empty(q, (rows, heads, 2))  # of each row: maximum, 1 / sum
     sizes = (heads, k.shape[1], width, width**-0.5 if scale is None else scale)
     ends = (cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1)
     native.cpu().attention_forward(
@@ -170,7 +170,7 @@ def _groups(cu_seqlens: Tensor, cu_groups: Tensor | None) -> tuple[int, int]:
 def cpu_backward(saved, grads, needs) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, cu_seqlens, cu_groups, out, softmax, sizes = saved
     d_out = native.without_gaps(grads[0])
-    d_q, d_k, d_v = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
+    d_q, d_k, d_v = (memory.empty(x, x.shape) for x in (q, k, v))
     native.cpu().attention_backward(
         *native.place(q), *native.place(k), *native.place(v), *native.place(d_out), cu_seqlens.data_ptr(),
         *_groups(cu_seqlens, cu_groups), *sizes, *(x.data_ptr() for x in (out, softmax, d_q, d_k, d_v)),

@@ -4,12 +4,16 @@ By default glibc returns freed megabytes to the kernel and takes them back page 
 allocates the same few buffers every time: for 256 sequences of the tiny model a paged attention took 1.9 ms, of which
 1.4 ms were page faults. This is a setting of the process, made once, when a run begins or the first CPU sampler is
 made; it costs at most the memory named here.
+
+Large tensors of training have memory of their own (r1fast_kernels/memory.py). What is left to malloc is small, but its
+holes lie elsewhere at every step, and each that was touched stays. So their pages are given back now and then.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import time
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 KEPT_BYTES = 512 << 20  # free memory at the top of the heap that is not given back
@@ -25,3 +29,20 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_TOP_PAD, 64 << 20), (_M_MMAP_THRESHOLD, MAPPED_BYTES))
     return all(mallopt(option, value) for option, value in settings)
+
+
+SECONDS = 2.0  # between two returns of holes: one takes 5 ms, and some 10 more when pages are touched anew
+_returned = -SECONDS
+
+
+def give_back_holes() -> bool:
+    """Unless it was done just now, gives the pages of free memory back to the system, those between blocks in use too.
+    Whether it did. To be called where little is in use, between two steps."""
+    global _returned
+    if time.monotonic() - _returned < SECONDS:
+        return False
+    _returned = time.monotonic()
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):
+        return False

@@ -13,6 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from r1fast.config import UserError
+from r1fast.heap import give_back_holes
 from r1fast.learn.advantages import informative
 from r1fast.learn.losses import policy_loss
 from r1fast.metrics import PhaseTimer
@@ -116,7 +117,10 @@ class GRPOStageRun:
         with merged(self.model):
             drawn = self.draws.draw(step - 1, learning)
         learning.timer = self.timer
-        return self.report(step, drawn, learning.finish())
+        update = learning.finish()
+        if self.ctx.device == "cpu":
+            give_back_holes()
+        return self.report(step, drawn, update)
 
     def _drafts(self) -> dict[str, Any]:
         """Of the last call of the sampler: guessed tokens, how many were right, and the steps it took."""
