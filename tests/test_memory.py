@@ -297,13 +297,13 @@ def test_a_stage_says_what_it_takes_and_rehearses_where_memory_is_scarce(micro, 
     stage |= {"sampling": {"max_tokens": 24}, "evaluate": False}
     rehearsed = []
     monkeypatch.setattr(Learner, "rehearse", lambda self, longest, loss: rehearsed.append(longest))
-    for free, name in ((1 << 40, "rich"), (24 << 20, "poor")):
+    for free, name in ((1 << 40, "rich"), (12 << 20, "poor")):
         monkeypatch.setattr("r1fast.stages.fitting.free_memory", lambda device, free=free: free)
         run_micro_stages(tmp_path / name, micro, {"rl": stage})
     told = [next(e for e in read_events(tmp_path / name) if e["event"] == "memory") for name in ("rich", "poor")]
     assert [e["fits"] for e in told] == [True, True] and rehearsed == [96]
     assert told[0]["micro_batch_tokens"] == 1280 and told[0]["recompute"] is False
-    assert told[1]["activations_bytes"] + told[1]["training_bytes"] + told[1]["cache_bytes"] <= 0.9 * (24 << 20)
+    assert told[1]["activations_bytes"] + told[1]["training_bytes"] + told[1]["cache_bytes"] <= 0.9 * (12 << 20)
     assert json.loads(json.dumps(told[0]))["free"] == 1 << 40
 
 
