@@ -16,6 +16,7 @@
 #endif
 
 namespace r1 {
+namespace {  // of the one file that includes it
 
 class Memory {
  public:
@@ -87,4 +88,5 @@ class Memory {
   std::map<size_t, size_t> holes_, taken_;  // place -> bytes
 };
 
+}  // namespace
 }  // namespace r1

@@ -240,7 +240,7 @@ def test_an_interrupt_keeps_what_was_drawn_and_leaves_the_terminal_as_it_was(che
     arguments = [folder, "--prompt", "tom has 3", "--max-tokens", "55", "--temperature", "0"]
     slow = (
         "import sys, time; from r1fast.model.decoder import Decoder as D; f = D.forward_paged\n"
-        "D.forward_paged = lambda *a: (time.sleep(0.1), f(*a))[1]\n"
+        "D.forward_paged = lambda *a: (time.sleep(0.3), f(*a))[1]\n"
         "import r1fast.generate as g; sys.exit(g.main(sys.argv[1:]))"
     )
     process = subprocess.Popen(

@@ -142,6 +142,14 @@ def test_a_reward_from_a_file_runs_in_the_workers_like_any_other(tmp_path):
     assert rewards.get("own_first")("ab").value == 0.2
 
 
+def test_a_file_that_is_loaded_late_is_known_to_the_workers_too(tmp_path):
+    plugins.load([own(tmp_path, "early")])
+    assert rewards.get("own_early")("abc").value == 0.3  # the process's own pool is at work
+    plugins.load([own(tmp_path, "late")])
+    scores = pool.shared().run([("own_late", "ab", None), ("own_early", "abcd", None)])
+    assert [(score.value, score.error) for score in scores] == [(0.2, None), (0.4, None)]
+
+
 def test_a_recipe_names_the_file_and_may_use_what_it_registers(tmp_path):
     from r1fast.check import check
 

@@ -23,6 +23,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
+from r1fast import plugins
 from r1fast.rewards.base import Score, get, settings
 from r1fast.rewards.process import Item, Job, Worker
 
@@ -41,6 +42,7 @@ class RewardPool:
         of a reward that does not set its own, by default those of the settings."""
         self.size = workers or settings().workers or min(8, _cores())
         self.deadline = deadline or settings().deadline
+        self.plugins = plugins.loaded()
         self.restarts = 0  # workers that hung or crashed so far
         self._workers: list[Worker] = []
         self._cache: OrderedDict[bytes, Score] = OrderedDict()
@@ -193,8 +195,11 @@ _shared_lock = threading.Lock()
 
 
 def shared() -> RewardPool:
-    """The process's own pool, for whoever has none: rewards called directly, scoring without a pool."""
+    """The process's own pool, for whoever has none: rewards called directly, scoring without a pool. A new one when
+    plugins have been loaded since it was made: its workers do not know their rewards."""
     global _shared
+    if _shared is not None and _shared.plugins != plugins.loaded():
+        close_shared()
     with _shared_lock:
         if _shared is None:
             _shared = RewardPool()
