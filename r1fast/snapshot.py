@@ -192,7 +192,9 @@ def _opened(path: Path, usable: Callable[[Mapping[str, Any]], bool]) -> _Opened:
             return _Opened(path, f"its format is {manifest['format']}, this version reads {FORMAT}")
         if not isinstance(step, int) or not isinstance(notes, dict) or not isinstance(files, dict):
             raise TypeError
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        expected = {str(name): (entry["bytes"], str(entry["sha256"])) for name, entry in files.items()}
+        if not all(isinstance(size, int) for size, _ in expected.values()):
+            raise TypeError
     except FileNotFoundError:
         return _Opened(path, f"there is no {MANIFEST} in it")
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -240,3 +240,53 @@ def test_a_report_of_any_log(tmp_path, data):
     log = data.draw(st.one_of(mutated(lines([event] * 3)), rows.map(lines), row.map(lambda r: lines([{**event, **r}]))))
     (tmp_path / "metrics.jsonl").write_bytes(log)
     attempt(write_report, tmp_path)
+
+
+# -- what an hour of the above found (R1FAST_FUZZ=20000, 64 minutes) ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["{{0.7647}}: 1\n", "name: x\nstages: {? [a, b] : 1}\n", "{[1]: 2}\n", "name: !!map ab\n", "name: !!set [a]\n"],
+    ids=["a mapping as key", "a list as key", "a list as key of all", "text as mapping", "a list as set"],
+)
+def test_found_recipes(tmp_path, recipe):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(UserError) as raised:
+        load_recipe(str(path))
+    one_sentence(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_sliding_window": "llama", "max_window_layers": None},
+        {"use_sliding_window": True, "max_window_layers": "3"},
+        {"use_sliding_window": True, "sliding_window": [1], "max_window_layers": {}},
+    ],
+    ids=str,
+)
+def test_found_configs(checkpoint, tmp_path, change):
+    (tmp_path / "model.safetensors").hardlink_to(checkpoint / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    attempt(read_config, tmp_path)
+    attempt(load, tmp_path)
+
+
+@pytest.mark.parametrize("size", ["1e313", "-1e400", "[3]", "null", "3.5"])
+def test_found_manifests(tmp_path, size):
+    made = snapshot.write(tmp_path, 3, {"a": lambda f: f.write_bytes(b"abc")}, {"lines": {}})
+    manifest = made.file(snapshot.MANIFEST)
+    content = json.loads(manifest.read_text())
+    content["files"]["a"]["bytes"] = "SIZE"
+    manifest.write_text(json.dumps(content).replace('"SIZE"', size))
+    told = []
+    assert snapshot.newest(tmp_path, lambda notes: True, told.append) is None and len(told) == 1
+
+
+def test_found_logs(tmp_path):
+    (tmp_path / "config.yaml").write_text((PRESETS / "tiny.yaml").read_text())
+    event = {"event": "step", "stage": "zero", "kind": "grpo", "steps": 2, "reward": 0.5, "time": 1.0}
+    (tmp_path / "metrics.jsonl").write_bytes(lines([{**event, "tep": 1}, {**event, "step": 1}]))
+    attempt(write_report, tmp_path)

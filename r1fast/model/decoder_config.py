@@ -191,7 +191,8 @@ def _refuse(hf: Mapping[str, Any]) -> None:
             f"config.json: layers of type {', '.join(sorted(kinds))} are not supported; only full attention"
         )
     first = hf.get("max_window_layers", 28)  # transformers' default of both Qwens
-    if hf.get("use_sliding_window") and hf.get("sliding_window", 4096) and first < hf["num_hidden_layers"]:
+    some = first is None or first < hf["num_hidden_layers"]
+    if some and hf.get("use_sliding_window") and hf.get("sliding_window", 4096):
         raise UserError(
             "config.json: use_sliding_window is on; r1fast computes full attention only, so set it to false"
         )
