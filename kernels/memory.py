@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from r1fast_kernels import native
 
-LEAST = 1 << 15  # elements from which a tensor is made here: below it malloc reuses its holes, and costs 2 us less
+LEAST = 1 << 15  # elements from which a tensor is made here: below it malloc reuses its holes
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:

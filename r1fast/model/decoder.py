@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         self.local_config = config if tensor is None else tensor.local(config)  # this rank's heads and inner units
         self.weights_version = 0
         self.recompute = False  # keep only what enters each layer for the backward pass, and compute the rest again
-        words = config.vocab_size if tensor is None else len(tensor.words(config.vocab_size))
+        words = config.vocab_size if tensor is None else len(tensor.stretch(config.vocab_size))
         table = (words, config.hidden_size)
         self.embedding = nn.Parameter(torch.zeros(table, device=device, dtype=dtype))
         self.layers = nn.ModuleList(Layer(self.local_config, device, dtype, tensor) for _ in range(config.layers))

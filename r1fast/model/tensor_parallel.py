@@ -68,10 +68,11 @@ class TensorParallel:
         counts = {name: getattr(config, name) // self.size for name in ("heads", "kv_heads", "intermediate_size")}
         return replace(config, **counts)
 
-    def words(self, vocabulary: int) -> range:
-        """The rows of embedding and head that are this rank's: of equal parts the last may be shorter."""
-        part = -(-vocabulary // self.size)
-        return range(self.rank * part, min(vocabulary, (self.rank + 1) * part))
+    def stretch(self, size: int) -> range:
+        """This rank's part of a dimension that is split, of `size` in all: of equal parts the last (of the vocabulary,
+        nothing else) may be shorter."""
+        part = -(-size // self.size)
+        return range(self.rank * part, min(size, (self.rank + 1) * part))
 
     # -- a layer -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class TensorParallel:
 
     def _own(self, tokens: Tensor, table: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """(row of this rank's table, whether it is there) of each token; row 0 where it is not."""
-        row = tokens - self.words(vocabulary).start
+        row = tokens - self.stretch(vocabulary).start
         mine = (row >= 0) & (row < table.shape[0])
         return row.where(mine, 0), mine
 
@@ -178,10 +179,6 @@ class TensorParallel:
         how = {"run_check": False, "shape": torch.Size(shape), "stride": stride}
         return self._d.DTensor.from_local(local, self.mesh, [self._d.Shard(dim)], **how)
 
-    def _range(self, size: int) -> range:
-        """This rank's stretch of a piece's split dimension."""
-        return self.words(size)
-
     def whole_shape(self, name: str, own: Tensor, config: DecoderConfig) -> list[int]:
         """Of the weight of which `own` is this rank's part."""
         found, shape = split_of(name, config), [*own.shape]
@@ -195,7 +192,7 @@ class TensorParallel:
         if found is None or own.dim() <= found[0]:  # a counter beside the moments has no dimension
             return own
         dim, sizes = found[0], found[1] or (own.shape[found[0]] * self.size,)
-        parts = own.split([len(self._range(size)) for size in sizes], dim)
+        parts = own.split([len(self.stretch(size)) for size in sizes], dim)
         return {PARTS: [self._placed(part, dim, size) for part, size in zip(parts, sizes, strict=True)]}
 
     def part(self, name: str, value: Any, config: DecoderConfig) -> Any:
@@ -209,7 +206,7 @@ class TensorParallel:
         if len(parts) < len(sizes):
             parts = value.split(list(sizes), dim)
         own = [
-            p.to_local() if isinstance(p, self._d.DTensor) else p.narrow(dim, (r := self._range(size)).start, len(r))
+            p.to_local() if isinstance(p, self._d.DTensor) else p.narrow(dim, (r := self.stretch(size)).start, len(r))
             for p, size in zip(parts, sizes, strict=True)
         ]
         # contiguous: torch's fused AdamW takes the moments for laid out as the weights, and is silently wrong else

@@ -158,7 +158,7 @@ def _fill(model: torch.nn.Module, views: dict[str, Tensor], folder: Path, spare:
             found, expected, part = list(file.get_slice(name).get_shape()), [*view.shape], [slice(None)] * view.dim()
             if dim is not None:
                 expected[dim] = rows[name.split(".")[-2]]
-                own = tensor.words(expected[dim])
+                own = tensor.stretch(expected[dim])
                 part[dim] = slice(own.start, own.stop)
             if found != expected:
                 raise UserError(f"{folder}: tensor {name!r} is {found}, config.json says {expected}")

@@ -1,7 +1,7 @@
 """Several tokens a row before the sampler looks, on a CPU, for as long as no row ends.
 
 Between two steps of decoding nothing happens most of the time; but the sampler's look at the rows, at the weights and
-at who comes and goes costs 0.3 ms where a step of 64 small sequences takes three (docs/log.md). So a step goes straight
+at who comes and goes costs 0.3 ms where a step of 64 small sequences takes seven (docs/log.md). So a step goes straight
 on to the next until a row draws a stop token or its last one, or until the sampler has not looked for `LONGEST`
 seconds: slow steps, whose tokens a person may be waiting for, come one by one.
 """
