@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from r1fast.schema import DataSource, RecipeConfig, Stage
     from r1fast.tasks import Task
 
-SPREAD = ("pretrain", "sft", "distill", "grpo")  # stages whose model parallel.shard splits
+SPREAD = ("pretrain", "sft", "reward_model", "distill", "grpo")  # stages whose model parallel.shard splits
 SAMPLER_SEQUENCES = 512  # sequences decoded together at most (stages/inputs.py), for the size of the KV cache
 _TYPICAL = 256  # problems of a task whose prompts are encoded for its mean prompt length
 
@@ -279,7 +279,7 @@ def print_plan(recipe: RecipeConfig, out: str) -> None:
     if (ranks := shards(recipe.parallel.shard)) > 1:
         console.print(
             f"parallel.shard={recipe.parallel.shard}: memory is that of each of the {ranks} ranks that hold shares of "
-            f"a model; the models of reject, evaluate and reward_model stages are whole on every rank."
+            f"a model that is trained; models that only sample or score are whole on every rank."
         )
     if (ranks := recipe.parallel.tensor) > 1:
         console.print(

@@ -11,13 +11,16 @@ import learning
 import torch
 
 from r1fast import snapshot
+from r1fast.learn.learner import Learner
+from r1fast.learn.preference import pack_pairs, pairwise_loss, preference_step, score
 from r1fast.model import native_forward
 from r1fast.model.decoder import Decoder, DecoderConfig, Layer, PagedKV, PagedStep
 from r1fast.model.lora import fold, merged, save_adapter
+from r1fast.model.reward_model import RewardModel
 from r1fast.model.sharding import gathered, is_share, own, shard, whole
-from r1fast.model.weights import copy_weights, named_views, save
+from r1fast.model.weights import copy_weights, named_views, save, save_reward_model
 from r1fast.parallel import World
-from r1fast.schema import LoRAConfig
+from r1fast.schema import LoRAConfig, OptimizerConfig
 
 KL = {"kl_coef": 0.05, "aggregate": "token"}
 LORA = LoRAConfig(rank=2, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"))
@@ -64,7 +67,7 @@ def all_of(place: World, folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
         if case == "half states":
             copy_weights(*learning.LAST["models"])
             found["refreshed"] = [p.clone() for p in whole(list(learning.LAST["models"][1].parameters()))]
-    return {**found, "native": native(place)}
+    return {**found, "native": native(place), "scorer": scorer(folder / "scorer", sharded=True)}
 
 
 def kept(model: Decoder, folder: Path) -> dict[str, Any]:
@@ -101,6 +104,25 @@ def counted_whole() -> Iterator[dict[str, int]]:
         yield most
     finally:
         Layer._block = plain
+
+
+PAIRS = [([1 + i, 5, 7, 2][: 2 + i % 3], [3, 1 + i, 4][: 1 + i % 3]) for i in range(7)]
+
+
+def scorer(folder: Path, sharded: bool = False) -> dict[str, Any]:
+    """Three steps of a reward model over three micro-batches, an odd number, its scores, and what it is saved as."""
+    config = DecoderConfig(head_dim=4, pad_token_id=0, **learning.SIZES)
+    model = RewardModel.from_decoder(Decoder(config, dtype=torch.float64).initialize(3), 5)
+    if sharded:
+        shard(model)
+    learner = Learner(model, OptimizerConfig(learning_rate=1e-2), 3)
+    batches = pack_pairs(PAIRS, 16)
+    told = [preference_step(learner, batches, pairwise_loss) for _ in range(3)]
+    scores = score(model, [side for pair in PAIRS for side in pair], 16)
+    held = sum(own(p).numel() for p in model.parameters())
+    save_reward_model(model, None, folder)
+    stats = [(step.loss, step.grad_norm, right) for step, right in told]
+    return {"batches": len(batches), "stats": stats, "scores": scores, "held": held}
 
 
 def native(place: World) -> dict[str, Any]:

@@ -165,7 +165,9 @@ def one(micro, tmp_path_factory):
     """(recipe, directory of its run by one process)."""
     out = tmp_path_factory.mktemp("one") / "run"
     grpo = {**STAGES["grpo"], "mini_batches": 1, "evaluate": True}
-    stages = {"sft": {**STAGES["sft"], "micro_batch_tokens": 64}, "grpo": grpo, "reject": STAGES["reject"]}
+    preference = {"kind": "reward_model", "task": "chat", "pairs": 24, "batch_pairs": 8, "micro_batch_tokens": 64}
+    stages = {"sft": {**STAGES["sft"], "micro_batch_tokens": 64}, "preference": preference}
+    stages |= {"grpo": grpo, "reject": STAGES["reject"]}
     stages["adapted"] = {**grpo, "steps": 2, "evaluate": False, "adapters": {"rank": 2}, "reference_refresh": None}
     run_micro_stages(out, micro, stages, SETTINGS)
     return out / "config.yaml", out
@@ -183,7 +185,7 @@ def torchrun(ranks: int, out, recipe, *more: str) -> subprocess.Popen:
 def same_results(out, whole) -> None:
     from safetensors.torch import load_file
 
-    for stage in ("sft", "grpo", "adapted"):
+    for stage in ("sft", "preference", "grpo", "adapted"):
         ours, theirs = (
             load_file(place / "stages" / stage / "checkpoint" / "model.safetensors") for place in (out, whole)
         )

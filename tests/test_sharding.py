@@ -35,6 +35,7 @@ def run_all(folder: Path) -> tuple[dict, list[dict]]:
         saved[case] = copy.deepcopy(learning.AFTER_ONE)
         if case == "adapters":
             one["kept"] = sharded_ranks.kept(learning.LAST["models"][0], folder / "one")
+    one["scorer"] = sharded_ranks.scorer(folder / "scorer of one")
     found = run_ranks(2, CODE, str(folder), saved)
     for case in sharded_ranks.CASES:
         step = snapshot.newest(folder / case, lambda notes: True, pytest.fail)
@@ -133,6 +134,20 @@ def refuses_shares_in_the_native_step(found: list[dict]) -> None:
         assert told["gathered"] is told["still"] is None and told["same"] and told["packed"]
 
 
+def trains_a_reward_model(one: dict, found: list[dict], folder: Path) -> None:
+    assert one["scorer"]["batches"] % 2  # one of the ranks goes along without counting
+    stats = torch.tensor(one["scorer"]["stats"])
+    assert len(stats[:, 0].unique()) == 3 and 0 < stats[:, 2].max() <= 1
+    for rank in found:
+        torch.testing.assert_close(torch.tensor(rank["scorer"]["stats"]), stats, rtol=1e-9, atol=1e-9)
+        assert rank["scorer"]["scores"] == pytest.approx(one["scorer"]["scores"], abs=1e-6)  # float32
+        assert rank["scorer"]["held"] <= 0.51 * one["scorer"]["held"]
+    files = [load_file(folder / name / "model.safetensors") for name in ("scorer", "scorer of one")]
+    assert files[0].keys() == files[1].keys() and "score.weight" in files[0]
+    for name, weight in files[0].items():
+        torch.testing.assert_close(weight, files[1][name], rtol=0, atol=1e-9)
+
+
 def test_two_ranks_with_shares_do_what_one_does(tmp_path):
     one, found = run_all(tmp_path)
     for case in CASES:
@@ -142,3 +157,4 @@ def test_two_ranks_with_shares_do_what_one_does(tmp_path):
     refreshes_the_reference(found)
     merges_folds_and_saves_adapters(one, found, tmp_path)
     refuses_shares_in_the_native_step(found)
+    trains_a_reward_model(one, found, tmp_path)

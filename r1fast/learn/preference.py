@@ -7,16 +7,16 @@ rewards'). The score is RewardModel's, at the last token, so whole sequences are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from r1fast.learn.packing import epochs_of, layout, plan
-from r1fast.parallel import world
+from r1fast.model.sharding import release
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,12 @@ class ScoredBatch:
     max_seqlen: int
     weight: float = 0.0  # of each pair or response in the loss: 1 over those of the whole step
     labels: Tensor | None = None  # float32 [B], 1 good and 0 bad; None for pairs: the first B/2 preferred to the rest
+
+
+class Ordered(NamedTuple):
+    """What a micro-batch told of its scores."""
+
+    right: Tensor  # how many pairs or responses
 
 
 PreferenceLoss = Callable[["RewardModel", ScoredBatch], tuple["Tensor", "Tensor"]]
@@ -98,15 +104,14 @@ def preference_step(learner: Learner, batches: Sequence[ScoredBatch], loss: Pref
     """One optimizer step of a RewardModel's learner. `loss`: pairwise_loss or pointwise_loss.
 
     Returns (what the step told, the share that was right before it)."""
-    right: list[Tensor] = []
 
-    def told(model: RewardModel, batch: ScoredBatch) -> tuple[Tensor, None]:
-        value, correct = loss(model, batch)
-        right.append(correct)
-        return value, None
+    def told(model: RewardModel, batch: ScoredBatch) -> tuple[Tensor, Ordered]:
+        value, right = loss(model, batch)
+        return value, Ordered(right)
 
-    stats = learner.step(batches, told)
-    return stats, sum(world().gather(sum(map(float, right)))) * batches[0].weight
+    step = learner.accumulate(batches, told)
+    right = sum(float(found.right) for found in step.stats)  # of all ranks, each micro-batch once
+    return learner.apply(replace(step, stats=[])), right * batches[0].weight
 
 
 def pairwise_steps(
@@ -143,10 +148,12 @@ def pointwise_steps(
 
 @torch.no_grad()
 def score(model: RewardModel, sequences: Sequence[Tokens], micro_batch_tokens: int = 16384) -> list[float]:
-    """The model's score of each token sequence (prompt and response through the template), in order."""
+    """The model's score of each token sequence (prompt and response through the template), in order. Of a sharded model
+    a collective: all ranks score the same."""
     found = [0.0] * len(sequences)
     for part in plan([len(tokens) for tokens in sequences], micro_batch_tokens):
         batch = _lay_end_to_end([sequences[i] for i in part], model.device)
         for i, value in zip(part, _scores(model, batch).tolist(), strict=True):
             found[i] = value
+    release(model)
     return found

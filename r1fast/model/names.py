@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1fast.model.sharding import is_sharded, own_gathered
 from r1fast.parallel import world
@@ -71,11 +71,13 @@ def split_dim(name: str) -> int | None:
     return _SPLIT.get(words[-2]) if words[-1] == "weight" or _SPLIT.get(words[-2]) == 0 else None
 
 
-def whole_views(model: Decoder) -> dict[str, Tensor]:
+def whole_views(model: Decoder, root: nn.Module | None = None) -> dict[str, Tensor]:
     """`named_views`, of a model on several ranks put together, one after the other, on the CPU of the first of them
-    (the others get empty tensors, or none). A collective of these ranks."""
-    if is_sharded(model):
-        return _gathered_views(model)
+    (the others get empty tensors, or none). A collective of these ranks. root: of a model that is a part of another,
+    the one that was sharded."""
+    root = root or model
+    if is_sharded(root):
+        return _gathered_views(model, root)
     views, tensor = named_views(model), model.tensor
     if tensor is None:
         return views
@@ -88,7 +90,7 @@ def whole_views(model: Decoder) -> dict[str, Tensor]:
     return found
 
 
-def _gathered_views(model: Decoder) -> dict[str, Tensor]:
+def _gathered_views(model: Decoder, root: nn.Module) -> dict[str, Tensor]:
     """Of a sharded model. Gathered layer by layer: no device needs room for all of it."""
     views: dict[str, Tensor] = {}
 
@@ -96,7 +98,7 @@ def _gathered_views(model: Decoder) -> dict[str, Tensor]:
         if world().first:
             views.update({name: view.to("cpu", copy=True) for name, view in found.items()})
 
-    with own_gathered(model):
+    with own_gathered(root):
         keep(_outer_views(model))
     for index, layer in enumerate(model.layers):
         with own_gathered(layer):

@@ -27,6 +27,7 @@ from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import ARCHITECTURES, DecoderConfig, token_ids
 from r1fast.model.names import named_views, split_dim, whole_rows, whole_views
 from r1fast.model.reward_model import RewardModel
+from r1fast.model.sharding import used_in, whole
 from r1fast.parallel import world
 
 if TYPE_CHECKING:
@@ -263,7 +264,8 @@ def save_reward_model(model: RewardModel, tokenizer: PreTrainedTokenizerBase | N
         "label2id": {"reward": 0},
         "pad_token_id": config.eos_token_ids[0] if pad is None else pad,
     }
-    views = {**whole_views(model.trunk), "score.weight": model.score.detach()}
+    score = whole(model.score.detach()).to(used_in(model))
+    views = {**whole_views(model.trunk, model), "score.weight": score}
     _write(config, views, tokenizer, Path(path), changes)
 
 

@@ -26,7 +26,7 @@ from r1fast.model.weights import load_reward_model, save_reward_model
 from r1fast.rewards.layout import tagged_answer
 from r1fast.stages.context import StageOutcome
 from r1fast.stages.fitting import announce, fit
-from r1fast.stages.inputs import start_model
+from r1fast.stages.inputs import spread, start_model
 from r1fast.stages.steps import PolicyState, Steps
 from r1fast.stages.supervised import SupervisedLog
 
@@ -99,13 +99,15 @@ def accuracy(model: RewardModel, pairs: Sequence[tuple[list[int], list[int]]]) -
 
 def run(ctx: StageContext) -> StageOutcome:
     stage: RewardModelStage = ctx.stage
-    policy, tokenizer = start_model(ctx, stage.from_)
+    policy, tokenizer = start_model(ctx, stage.from_, spreads=True)
     model = RewardModel.from_decoder(policy, ctx.seed)
+    del policy  # of which that is a copy
+    spread(ctx, model)
     reading, task = Reading(tokenizer, stage.scores), ctx.tasks[stage.task]
     pairs = reading.pairs(task.preferences("train", stage.pairs, ctx.seed))
     held_out = reading.pairs(task.preferences("test", HELD_OUT, ctx.seed))
     steps = max(1, math.ceil(stage.epochs * len(pairs) / stage.batch_pairs))
-    learner, plan = fit(ctx, model, policy.config, steps)
+    learner, plan = fit(ctx, model, model.config, steps)
     ctx.progress.stage(ctx.name, "reward_model", steps)
     announce(ctx, learner, plan)
     log, timer = SupervisedLog(ctx, steps), PhaseTimer()
