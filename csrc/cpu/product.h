@@ -15,8 +15,8 @@ constexpr int kLeftRow = kDepth + 16;  // of a packed left factor; not a power o
 constexpr int kBlock = 48;             // rows of a packed left factor
 static_assert(kBlock % kTileRows == 0, "a block is whole tiles");
 
-// out[m][n] (+)= sum over k < depth of left[m * LEFT_ROW + k * step] * right[k * kTileColumns + n], for a whole tile.
-template <int LEFT_ROW>
+// out[m][n] (+)= sum over k < depth of left[m * LEFT_ROW + k * step] * right[k * RIGHT_ROW + n], for a whole tile.
+template <int LEFT_ROW, int RIGHT_ROW = kTileColumns>
 inline __attribute__((noinline)) void tile(const float* left, int64_t step, const float* right, int64_t depth,
                                            float* out, int64_t out_row, bool add) {
   Vec sum[kTileRows][2];
@@ -33,7 +33,7 @@ inline __attribute__((noinline)) void tile(const float* left, int64_t step, cons
       sum[m][1] += a * second;
     }
     left += step;
-    right += kTileColumns;
+    right += RIGHT_ROW;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; ++m) {
