@@ -21,6 +21,7 @@ from benchmarks import (
     sampling,
     scaling,
     snapshots,
+    step_profile,
     tensor_scaling,
     vs_trl,
 )
@@ -94,6 +95,12 @@ def vs_trl_part() -> str:
     return "\n\n".join(map(vs_trl.table, found))
 
 
+def profile_part() -> str:
+    """What benchmarks.step_profile left."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-step_profile.json")))
+    return "\n\n".join(map(step_profile.table, found)) or "No results are committed yet; docs/log.md has first numbers."
+
+
 def scaling_part() -> str:
     """What benchmarks.scaling measured."""
     found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-scaling.json")))
@@ -110,6 +117,7 @@ PARTS = {
     "snapshots": snapshots_part,
     "scaling": scaling_part,
     "vs_trl": vs_trl_part,
+    "profile": profile_part,
     "predicted": scaling.predicted_table,
     "tensor": tensor_scaling.tensor_table,
 }

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import vs_trl
+from benchmarks import step_profile, vs_trl
 from benchmarks.whole_step import Shape, make_checkpoint, r1fast_steps, texts
 from r1fast.model.weights import load
 
@@ -123,3 +123,26 @@ def test_cases_are_named_as_they_are_asked_for(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["vs_trl", "--case", "70B"])
     with pytest.raises(SystemExit):
         vs_trl.main()
+
+
+def test_the_profile_charges_every_millisecond_to_what_took_it():
+    phases = step_profile.measure(SMALL, steps=1)
+    for phase, counted in (("learn", 3), ("logprob", 1)):
+        rows = {row["what"]: row for row in phases[phase]}
+        assert rows["linear"]["calls"] == 4 * SMALL.layers * rows["rms_norm"]["calls"] / (4 * SMALL.layers + 1)
+        products = sum(rows[name]["flops"] for name in rows if name.startswith("linear"))
+        assert products == pytest.approx(counted * products_of(SMALL), rel=0.2)  # prompts are 3 to 6 long
+        assert all(row["ms"] >= 0 for row in rows.values()) and "Python and autograd" in rows
+    learn = {row["what"] for row in phases["learn"]}
+    assert {"linear backward", "swiglu backward", "rms_norm backward", "linear_grpo_loss"} <= learn
+    case = {"peak_flops": 1e11, "copy_bytes": 1e10, "phases": phases}
+    lines = step_profile.table({"machine": "m", "threads": 1, "torch": "t", "commit": "c", "cases": {"small": case}})
+    assert "| linear, backward |" in lines and "small: a product of 2048 reaches 100 GFLOP/s" in lines
+    for phase in step_profile.PHASES:
+        assert f"| **{phase}** | | **{sum(row['ms'] for row in phases[phase]):,.0f}** |" in lines
+
+
+def products_of(shape: Shape) -> float:
+    """Operations of a forward pass's products, each prompt forwarded once a group."""
+    head, rows = shape.vocabulary * shape.hidden, shape.prompts * (shape.mean_prompt + shape.group * shape.completion)
+    return 2 * (shape.parameters - head) * rows + 2 * head * shape.prompts * shape.group * shape.completion
