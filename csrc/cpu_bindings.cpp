@@ -154,12 +154,12 @@ void release_block(DLManagedTensor* tensor) {
   delete static_cast<Block*>(tensor->context);
 }
 
-py::object memory_tensor(const py::tuple& shape) {
+py::object memory_tensor(const py::tuple& shape, bool touched) {
   if (shape.size() > 8) throw std::invalid_argument("memory: at most 8 dimensions");
   int64_t count = 1;
   auto* block = new Block{};
   for (size_t i = 0; i < shape.size(); ++i) count *= block->shape[i] = shape[i].cast<int64_t>();
-  void* data = count > 0 ? memory().take(count * sizeof(float)) : nullptr;
+  void* data = count > 0 ? memory().take(count * sizeof(float), touched) : nullptr;
   if (!data) {
     delete block;
     return py::none();
@@ -387,5 +387,6 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   m.def("memory_in_use", [] { return memory().in_use(); });
-  m.def("memory", &memory_tensor, "None or a DLPack capsule of float32 [shape], whose block comes back with its tensor");
+  m.def("memory", &memory_tensor, py::arg("shape"), py::arg("touched") = false,
+        "None or a DLPack capsule of float32 [shape], whose block comes back with its tensor");
 }

@@ -5,6 +5,7 @@
 // their making, so holes merge, and the most that is ever touched stays near the most that is ever in use.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -20,18 +21,21 @@ namespace {  // of the one file that includes it
 
 class Memory {
  public:
-  // Null where there is no such stretch (the system refuses it, or is not Linux), or no hole is large enough.
-  void* take(size_t bytes) {
+  // Null where there is no such stretch (the system refuses it, or is not Linux), or no hole is large enough. `touched`:
+  // nor one whose pages all came to earlier blocks.
+  void* take(size_t bytes, bool touched = false) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!reserve()) return nullptr;
     bytes = (bytes + kStep - 1) / kStep * kStep;
     for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
       if (hole->second < bytes) continue;
       const size_t place = hole->first, left = hole->second - bytes;
+      if (touched && place + bytes > touched_) break;
       holes_.erase(hole);
       if (left) holes_[place + bytes] = left;
       taken_[place] = bytes;
       in_use_ += bytes;
+      touched_ = std::max(touched_, place + bytes);
       return base_ + place;
     }
     return nullptr;
@@ -84,7 +88,7 @@ class Memory {
   std::mutex mutex_;
   char* base_ = nullptr;
   bool refused_ = false;
-  size_t in_use_ = 0;
+  size_t in_use_ = 0, touched_ = 0;  // touched_: the end of the highest block there ever was
   std::map<size_t, size_t> holes_, taken_;  // place -> bytes
 };
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch import float32 as FLOAT32
 from torch.utils.dlpack import from_dlpack
@@ -27,6 +28,15 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
         return like.new_empty(shape)
     capsule = native.cpu().memory(tuple(shape))
     return like.new_empty(shape) if capsule is None else from_dlpack(capsule)
+
+
+def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """Zeros where tensors from here lay before, for what lives while they do not: it costs the process no page. None
+    where they left no hole of that size, or dtype is not float32."""
+    if dtype is not FLOAT32 or native.cpu_unavailable() is not None:
+        return None
+    capsule = native.cpu().memory(tuple(shape), touched=True)
+    return None if capsule is None else from_dlpack(capsule).zero_()
 
 
 def in_use() -> int:

@@ -5,6 +5,8 @@ from random import Random
 import pytest
 import torch
 
+from r1fast.model.decoder import Decoder, DecoderConfig
+from r1fast.model.paged import PagedKV
 from r1fast_kernels import memory, native
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable() is not None, reason=str(native.cpu_unavailable()))
@@ -51,8 +53,6 @@ def test_other_dtypes_and_small_tensors_are_torchs(like):
 
 
 def test_a_backward_pass_leaves_nothing_behind():
-    from r1fast.model.decoder import Decoder, DecoderConfig
-
     before = memory.in_use()
     config = DecoderConfig(64, 64, 128, layers=2, heads=2, kv_heads=1, head_dim=32, max_positions=2048)
     model = Decoder(config).initialize(0)
@@ -61,3 +61,19 @@ def test_a_backward_pass_leaves_nothing_behind():
     hidden.sum().backward()
     del hidden
     assert memory.in_use() == before and model.layers[0].qkv_proj.grad.abs().max() > 0
+
+
+def test_a_cache_lies_where_activations_lay_and_is_zeros_there():
+    memory_of = (2, 40, 16, 4, 64)  # 40 blocks of 2 layers
+    blocks = [memory.empty(LIKE, memory_of).fill_(float("nan")) for _ in range(3)]
+    places = [block.data_ptr() for block in blocks]
+    assert memory.recycled((1 << 32,), LIKE.dtype) is None  # no hole of that size was ever touched
+    del blocks
+    config = DecoderConfig(64, 64, 128, layers=2, heads=4, kv_heads=4, head_dim=64, max_positions=64)
+    before = memory.in_use()
+    cache = PagedKV.allocate(config, 39, 16, "cpu", torch.float32)
+    assert cache.keys.shape == memory_of and [cache.keys.data_ptr(), cache.values.data_ptr()] == places[:2]
+    assert not cache.keys.any() and not cache.values.any()
+    assert memory.in_use() - before == cache.keys.nbytes + cache.values.nbytes
+    del cache
+    assert memory.in_use() == before and memory.recycled(memory_of, torch.bfloat16) is None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from r1fast_kernels import memory
+
 if TYPE_CHECKING:
     from r1fast.model.decoder_config import DecoderConfig
 
@@ -52,11 +54,12 @@ class PagedKV:
 
         On a CPU the system gives zeroed pages as they are first used, so a large cache costs what is written into it (1
         GiB from torch.zeros: 0.7 s, and all of it resident). It begins where a line of the processor's cache does:
-        malloc's memory lies 16 bytes off, and a head's key would then touch five lines, not four.
+        malloc's memory lies 16 bytes off, and a head's key would then touch five lines, not four. Where the activations
+        of a step of training left room enough, it lies there: the two are never in use at once.
         """
         shape = (config.layers, blocks + 1, block_size, config.kv_heads, config.head_dim)
         if torch.device(device).type == "cpu":
-            return cls(*(_zeroed_pages(math.prod(shape), dtype).view(shape) for _ in range(2)))
+            return cls(*(_zeros(shape, dtype) for _ in range(2)))
         return cls(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
     @staticmethod
@@ -84,8 +87,12 @@ class PagedKV:
         self.values[:, target] = self.values[:, source]
 
 
-def _zeroed_pages(count: int, dtype: torch.dtype) -> Tensor:
-    """[count] zeros on the CPU, from where a page begins. Pages of the system's own: calloc writes all where malloc
-    has a hole of that size (136 MB of a cache that nobody had used yet)."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU: where activations were, or from where a page begins. Pages of the system's own: calloc writes
+    all where malloc has a hole of that size (136 MB of a cache that nobody had used yet)."""
+    found = memory.recycled(shape, dtype)
+    if found is not None:
+        return found
+    count = math.prod(shape)
     pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype, count=count)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
