@@ -39,7 +39,7 @@ SHOWN = 0.003  # share of its phase below which a row goes to the rest
 ATTENTION = (1, 2.5)
 FLOPS = {"linear": (1, 2), "prefix_attention": ATTENTION, "varlen_attention": ATTENTION}
 FLOPS |= {"linear_logprob": (1, 2), "linear_grpo_loss": (3, 0)}
-BYTES = {"rms_norm": (1, 1), "rope": (1, 1), "swiglu": (1, 5 / 3)}
+BYTES = {"rms_norm": (1, 1), "qkv_rope": (1, 1.8), "swiglu": (1, 5 / 3)}
 COUNTING, PHASE, BACKWARD = "count what an op must do", "phase ", " backward"
 OP = re.compile(r"(\w+) \[\w+\]( backward)?")  # the names that named_ops gives
 

@@ -375,6 +375,33 @@ PYBIND11_MODULE(_cpu, m) {
       },
       Release());
   m.def(
+      "qkv_rope_forward",
+      [&ops](Address qkv, int64_t row, Address cos, Address sin, int64_t table_rows, Address positions, Address q_norm,
+             Address k_norm, float eps, int64_t rows, int64_t heads, int64_t kv_heads, int64_t half, Address q_out,
+             Address k_out) {
+        check_positions("qkv_rope", at<const int64_t>(positions), rows, table_rows);
+        ops.qkv_rope_forward({at<const float>(qkv), row, at<const float>(cos), at<const float>(sin),
+                              at<const int64_t>(positions), at<const float>(q_norm), at<const float>(k_norm), eps, rows,
+                              heads, kv_heads, half},
+                             at<float>(q_out), at<float>(k_out));
+      },
+      Release());
+  m.def(
+      "qkv_rope_backward",
+      [&ops](Address qkv, int64_t row, Address cos, Address sin, int64_t table_rows, Address positions, Address q_norm,
+             Address k_norm, float eps, int64_t rows, int64_t heads, int64_t kv_heads, int64_t half, Address d_q,
+             int64_t q_row, int64_t q_head, Address d_k, int64_t k_row, int64_t k_head, Address d_v, int64_t v_row,
+             int64_t v_head, Address d_qkv, Address d_q_norm, Address d_k_norm) {
+        if (!ops.qkv_rope_backward({at<const float>(qkv), row, at<const float>(cos), at<const float>(sin),
+                                    at<const int64_t>(positions), at<const float>(q_norm), at<const float>(k_norm), eps,
+                                    rows, heads, kv_heads, half},
+                                   {strided(d_q, q_row, q_head), strided(d_k, k_row, k_head),
+                                    strided(d_v, v_row, v_head), at<float>(d_qkv), at<float>(d_q_norm),
+                                    at<float>(d_k_norm)}))
+          throw std::bad_alloc();
+      },
+      Release());
+  m.def(
       "swiglu_forward",
       [&ops](Address gate_up, int64_t row, int64_t rows, int64_t width, Address out) {
         ops.swiglu_forward(at<const float>(gate_up), row, rows, width, at<float>(out));

@@ -25,6 +25,7 @@ OP_MODULES = {
     "sample_token": "sample_token",
     "rms_norm": "rms_norm",
     "rope": "rope",
+    "qkv_rope": "qkv_rope",
     "rope_append": "rope_append",
     "swiglu": "swiglu",
 }

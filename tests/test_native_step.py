@@ -4,11 +4,11 @@ they lie, any number of threads gives the same bits, and the vector exp is as ex
 import pytest
 import torch
 
-from r1fast_kernels import load_ops, native, rms_norm, rope, swiglu, varlen_attention
+from r1fast_kernels import load_ops, native, qkv_rope, rms_norm, rope, swiglu, varlen_attention
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable() is not None, reason=str(native.cpu_unavailable()))
 OPS = load_ops()
-STEP = ("linear", "varlen_attention", "rms_norm", "rope", "swiglu")
+STEP = ("linear", "varlen_attention", "rms_norm", "rope", "qkv_rope", "swiglu")
 
 
 def fused(rows: int, heads: int = 4, kv_heads: int = 2, width: int = 16) -> tuple[torch.Tensor, ...]:
@@ -132,3 +132,18 @@ def test_the_vector_exp():
     out = torch.empty_like(x)
     native.cpu().vector_exp(x.data_ptr(), out.data_ptr(), x.numel())
     assert out[:4].tolist() == [0.0, 0.0, 0.0, 1.0] and 1e38 < out[4] < torch.inf and out[5].isnan()
+
+
+@pytest.mark.parametrize("width", [16, 26, 64])
+def test_qkv_rope_is_the_norms_and_the_rotation_bit_for_bit(width: int):
+    """And v and a gradient's path through it are those of the projection itself."""
+    qkv, angle, positions = torch.randn(37, 8, width), torch.randn(2, 50, width // 2), torch.arange(37)
+    norms = [1 + 0.2 * torch.randn(width) for _ in range(2)]
+    q, k, v = qkv.split((4, 2, 2), 1)
+    expected = rope(*(rms_norm(x, norm, 1e-6) for x, norm in zip((q, k), norms, strict=True)), *angle, positions)
+    leaf = qkv.clone().requires_grad_()
+    found = qkv_rope(leaf, 4, *angle, positions, *norms, 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(found, (*expected, v), strict=True))
+    assert found[2].data_ptr() == leaf[:, 6:].data_ptr()
+    (gradient,) = torch.autograd.grad(found[2].sum(), leaf)
+    assert torch.equal(gradient, torch.cat([torch.zeros(37, 6, width), torch.ones(37, 2, width)], 1))

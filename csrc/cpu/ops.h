@@ -20,6 +20,8 @@
   X(isa, paged_append) \
   X(isa, paged_attention) \
   X(isa, philox_words) \
+  X(isa, qkv_rope_backward) \
+  X(isa, qkv_rope_forward) \
   X(isa, rms_norm_backward) \
   X(isa, rms_norm_forward) \
   X(isa, rope) \
@@ -89,6 +91,10 @@
             int64_t heads, int64_t kv_heads, int64_t half, float turn, float* q_out, float* k_out);                   \
   /* half <= 512 */                                                                                                   \
   void rope_append(const RopeAppend& call);                                                                           \
+  /* half <= 512; q_out: [rows, heads, 2 half]; k_out: [rows, kv_heads, 2 half] */                                    \
+  void qkv_rope_forward(const QkvRope& call, float* q_out, float* k_out);                                             \
+  /* False when memory runs out */                                                                                    \
+  bool qkv_rope_backward(const QkvRope& call, const QkvGradient& gradient);                                           \
   /* gate_up: [rows, 2 width], `row` apart; d_gate_up: [rows, 2 width]; out, d_out: [rows, width] */                  \
   void swiglu_forward(const float* gate_up, int64_t row, int64_t rows, int64_t width, float* out);                    \
   void swiglu_backward(const float* gate_up, int64_t row, const float* d_out, int64_t rows, int64_t width,            \
@@ -118,6 +124,22 @@ struct PagedAttention {
   float* out;                        // [rows, heads, width]
   int64_t rows, sequences, heads, kv_heads, width, blocks, block, columns;
   float scale;
+};
+
+// Tokens on their way from the fused projection to attention.
+struct QkvRope {
+  const float* qkv;  // [rows, heads + 2 kv_heads, 2 half], `row` apart
+  int64_t row;
+  const float *cos, *sin;         // [P, half]
+  const int64_t* positions;       // [rows], in [0, P)
+  const float *q_norm, *k_norm;   // [2 half], or null: no norm
+  float eps;
+  int64_t rows, heads, kv_heads, half;
+};
+struct QkvGradient {
+  Strided d_q, d_k, d_v;
+  float* d_qkv;                 // contiguous
+  float *d_q_norm, *d_k_norm;   // [2 half], written where there are norms
 };
 
 // New tokens on their way to attention over the cache.

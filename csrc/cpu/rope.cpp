@@ -1,29 +1,14 @@
 // Rotary embedding of queries and keys in one pass, alone (kernels/rope.py) and with what else a new token's q, k and v
 // need before attention over the cache: RMSNorm of each head, and the write of k and v (kernels/rope_append.py).
 // The gradient of a rotation is the rotation back, so `turn` = -1 is the backward pass.
-#include "norm.h"
 #include "ops.h"
-#include "simd.h"
+#include "rope.h"
 
 namespace r1 {
 namespace R1_ISA {
 namespace {
 
 constexpr int64_t kSerial = 1 << 16;  // elements under which threads cost more than they give
-constexpr int64_t kLargestHead = 1024;  // that rope_append normalises on its stack
-
-// HALF: known at compile time for the usual head sizes, so that a half of 8 takes one short vector; 0: `half` says.
-template <int64_t HALF>
-inline void rotate(const float* x, const float* cos, const float* sin, float turn, int64_t half, float* out) {
-  const int64_t count = HALF ? HALF : half;
-  const float* second = x + count;
-#pragma omp simd
-  for (int64_t d = 0; d < count; ++d) {
-    const float s = turn * sin[d];
-    out[d] = x[d] * cos[d] - second[d] * s;
-    out[count + d] = second[d] * cos[d] + x[d] * s;
-  }
-}
 
 template <int64_t HALF>
 void rotate_rows(Strided q, Strided k, const float* cos, const float* sin, const int64_t* positions, int64_t rows,
@@ -36,26 +21,6 @@ void rotate_rows(Strided q, Strided k, const float* cos, const float* sin, const
     for (int64_t h = 0; h < kv_heads; ++h)
       rotate<HALF>(k.data + i * k.row + h * k.head, c, s, turn, half, k_out + (i * kv_heads + h) * 2 * half);
   }
-}
-
-// A head, normalised first where a weight is given, as rms_norm and then rope would do it.
-template <int64_t HALF>
-inline void norm_and_rotate(const float* x, const float* weight, float eps, const float* cos, const float* sin,
-                            int64_t half, float* out) {
-  const int64_t width = HALF ? 2 * HALF : 2 * half;
-  float unit[kLargestHead];
-  if (weight) {
-    Vec squares{};
-    for (int64_t d = 0; d < width; d += kLanes) {
-      const Vec v = load(x + d, width - d);
-      squares += v * v;
-    }
-    const float scale = inverse_rms(squares, width, eps);
-    for (int64_t d = 0; d < width; d += kLanes)
-      store(unit + d, normalised(load(x + d, width - d), scale, load(weight + d, width - d)), width - d);
-    x = unit;
-  }
-  rotate<HALF>(x, cos, sin, 1.0f, half, out);
 }
 
 template <int64_t HALF>
@@ -80,22 +45,12 @@ void append_rows(const RopeAppend& call) {
 }  // namespace
 
 void rope_append(const RopeAppend& call) {
-  const auto run = call.half == 8    ? append_rows<8>
-                   : call.half == 16 ? append_rows<16>
-                   : call.half == 32 ? append_rows<32>
-                   : call.half == 64 ? append_rows<64>
-                                     : append_rows<0>;
-  run(call);
+  R1_BY_HALF(append_rows, call.half)(call);
 }
 
 void rope(Strided q, Strided k, const float* cos, const float* sin, const int64_t* positions, int64_t rows,
           int64_t heads, int64_t kv_heads, int64_t half, float turn, float* q_out, float* k_out) {
-  const auto run = half == 8    ? rotate_rows<8>
-                   : half == 16 ? rotate_rows<16>
-                   : half == 32 ? rotate_rows<32>
-                   : half == 64 ? rotate_rows<64>
-                                : rotate_rows<0>;
-  run(q, k, cos, sin, positions, rows, heads, kv_heads, half, turn, q_out, k_out);
+  R1_BY_HALF(rotate_rows, half)(q, k, cos, sin, positions, rows, heads, kv_heads, half, turn, q_out, k_out);
 }
 
 }  // namespace R1_ISA

@@ -26,8 +26,8 @@ from r1fast_kernels import (
     linear,
     paged_attention,
     prefix_attention,
+    qkv_rope,
     rms_norm,
-    rope,
     rope_append,
     swiglu,
     varlen_attention,
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "DecoderConfig", "PagedKV", "PagedStep"]
 
-# (number of the layer, the layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D] as projected) -> [T,Hq,D]: with the norms of q
-# and k and the rotation, which generation fuses with the write into its cache
-Attend = Callable[[int, "Layer", Tensor, Tensor, Tensor], Tensor]
+# (number of the layer, the layer, q, k and v as projected [T, Hq + 2 Hkv, D]) -> [T, Hq, D]: with the norms of q and k
+# and the rotation, which generation fuses with the write into its cache
+Attend = Callable[[int, "Layer", Tensor], Tensor]
 
 
 class Layer(nn.Module):
@@ -100,8 +100,7 @@ class Layer(nn.Module):
     def attention(self, index: int, x: Tensor, attend: Attend) -> Tensor:
         rows = x.shape[0]
         qkv = self.product("qkv_proj", x, self.qkv_bias).view(rows, -1, self.head_dim)
-        q, k, v = qkv.split_with_sizes(self.split, 1)  # `split` is Python: 5 us more
-        return self.product("o_proj", attend(index, self, q, k, v).reshape(rows, -1), self.o_bias)
+        return self.product("o_proj", attend(index, self, qkv).reshape(rows, -1), self.o_bias)
 
     def mlp(self, x: Tensor) -> Tensor:
         return self.product("down_proj", swiglu(self.product("gate_up_proj", x, self.gate_up_bias)), self.down_bias)
@@ -202,11 +201,8 @@ class Decoder(nn.Module):
             positions = packed_positions(cu_seqlens, tokens.shape[0])
         cos, sin = self.rope_tables(max_seqlen if cu_groups is None else 2 * max_seqlen)
 
-        def attend(_: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if layer.q_norm is not None:
-                q_norm, k_norm = layer.head_norms()
-                q, k = rms_norm(q, q_norm, layer.eps), rms_norm(k, k_norm, layer.eps)
-            q, k = rope(q, k, cos, sin, positions)
+        def attend(_: int, layer: Layer, qkv: Tensor) -> Tensor:
+            q, k, v = qkv_rope(qkv, layer.split[0], cos, sin, positions, *layer.head_norms(), layer.eps)
             if cu_groups is None:
                 return varlen_attention(q, k, v, cu_seqlens, max_seqlen)
             return prefix_attention(q, k, v, cu_seqlens, cu_groups, max_seqlen)
@@ -229,7 +225,8 @@ class Decoder(nn.Module):
         cos, sin = self.rope_tables(tables.shape[1] * kv.block_size)
         keys, values = kv.keys.unbind(0), kv.values.unbind(0)
 
-        def attend(index: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+            q, k, v = qkv.split_with_sizes(layer.split, 1)  # `split` is Python: 5 us more
             cache = (keys[index], values[index])
             norms = (layer.q_norm, layer.k_norm, layer.eps)
             q = rope_append(q, k, v, cos, sin, step.positions, *cache, step.slots, *norms)
