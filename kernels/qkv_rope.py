@@ -58,6 +58,14 @@ def reference(qkv, heads, cos, sin, positions, q_norm, k_norm, eps) -> tuple[Ten
         raise ValueError(str(error).replace("rope:", "qkv_rope:")) from None
 
 
+def by_ops(qkv, heads, cos, sin, positions, q_norm, k_norm, eps, backend=None) -> tuple[Tensor, Tensor, Tensor]:
+    """The ops in turn, each by its own backend: what serves on a GPU."""
+    q, k, v = split(qkv, heads)
+    if q_norm is not None:
+        q, k = rms_norm(q, q_norm, eps, backend=backend), rms_norm(k, k_norm, eps, backend=backend)
+    return *rope(q, k, cos, sin, positions, backend=backend), v
+
+
 LARGEST_HEAD = 1024  # of the C++ backend, which normalises a head on its stack
 
 
@@ -201,7 +209,4 @@ def qkv_rope(
     if qkv.is_cpu or backend == "reference":
         return OP(qkv, heads, cos, sin, positions, q_norm, k_norm, eps, backend=backend)
     check(qkv, heads, cos, sin, positions, q_norm, k_norm, eps)
-    q, k, v = split(qkv, heads)
-    if q_norm is not None:
-        q, k = rms_norm(q, q_norm, eps, backend=backend), rms_norm(k, k_norm, eps, backend=backend)
-    return *rope(q, k, cos, sin, positions, backend=backend), v
+    return by_ops(qkv, heads, cos, sin, positions, q_norm, k_norm, eps, backend)

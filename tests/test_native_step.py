@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from r1fast_kernels import load_ops, native, qkv_rope, rms_norm, rope, swiglu, varlen_attention
+from r1fast_kernels.qkv_rope import by_ops
 
 pytestmark = pytest.mark.skipif(native.cpu_unavailable() is not None, reason=str(native.cpu_unavailable()))
 OPS = load_ops()
@@ -135,15 +136,16 @@ def test_the_vector_exp():
 
 
 @pytest.mark.parametrize("width", [16, 26, 64])
-def test_qkv_rope_is_the_norms_and_the_rotation_bit_for_bit(width: int):
-    """And v and a gradient's path through it are those of the projection itself."""
-    qkv, angle, positions = torch.randn(37, 8, width), torch.randn(2, 50, width // 2), torch.arange(37)
-    norms = [1 + 0.2 * torch.randn(width) for _ in range(2)]
-    q, k, v = qkv.split((4, 2, 2), 1)
-    expected = rope(*(rms_norm(x, norm, 1e-6) for x, norm in zip((q, k), norms, strict=True)), *angle, positions)
-    leaf = qkv.clone().requires_grad_()
-    found = qkv_rope(leaf, 4, *angle, positions, *norms, 1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(found, (*expected, v), strict=True))
-    assert found[2].data_ptr() == leaf[:, 6:].data_ptr()
-    (gradient,) = torch.autograd.grad(found[2].sum(), leaf)
-    assert torch.equal(gradient, torch.cat([torch.zeros(37, 6, width), torch.ones(37, 2, width)], 1))
+@pytest.mark.parametrize("normed", [True, False])
+def test_qkv_rope_is_the_ops_in_turn_bit_for_bit(width: int, normed: bool):
+    """Forward; a gradient's sums are in another order. v is the projection's own, as is its gradient's path."""
+    angle, positions = torch.randn(2, 50, width // 2), torch.arange(37)
+    norms = [(1 + 0.2 * torch.randn(width)).requires_grad_() for _ in range(2)] if normed else [None, None]
+    leaf = torch.randn(37, 8, width, requires_grad=True)
+    both = [f(leaf, 4, *angle, positions, *norms, 1e-6) for f in (qkv_rope, by_ops)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    assert both[0][2].data_ptr() == leaf[:, 6:].data_ptr()
+    leaves, grads = [leaf, *norms][: 1 + 2 * normed], [torch.randn_like(x) for x in both[0]]
+    for a, b in zip(*(torch.autograd.grad(found, leaves, grads) for found in both), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert a.abs().sum() > 0

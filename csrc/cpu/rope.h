@@ -10,8 +10,12 @@ namespace R1_ISA {
 constexpr int64_t kLargestHead = 1024;  // that is normalised on the stack
 
 // A pass over rows for the usual half heads, known at compile time, and for any other.
-#define R1_BY_HALF(function, half) \
-  ((half) == 8 ? function<8> : (half) == 16 ? function<16> : (half) == 32 ? function<32> : (half) == 64 ? function<64> : function<0>)
+#define R1_BY_HALF(function, half)   \
+  ((half) == 8    ? function<8>      \
+   : (half) == 16 ? function<16>     \
+   : (half) == 32 ? function<32>     \
+   : (half) == 64 ? function<64>     \
+                  : function<0>)
 
 // HALF: known at compile time for the usual head sizes, so that a half of 8 takes one short vector; 0: `half` says.
 template <int64_t HALF>

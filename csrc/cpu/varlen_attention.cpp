@@ -5,13 +5,14 @@
 // independent and each runs in one fixed order, so results do not depend on the number of threads, and the gradient of
 // a group's shared keys is summed in the order of its sequences. The queries of all heads that share a key head are the
 // rows of one matrix, position by position: keys come to the registers once for all of them, and few rows are padding.
-// Every product is product.h's tile, its right operand in panels that are packed once a sequence. (Read where they lie in
-// a fused projection, 2 KiB apart, keys and values fell on one another in the cache; with tiles of four rows of one head
-// forward and backward took 1.2 and 1.4 times as long for 8 sequences of 127 behind 33, 2.0 and 1.7 times for one of 1024.)
+// Every product is product.h's tile, its right operand in panels that are packed once a sequence. (Read where they lie
+// in a fused projection, 2 KiB apart, keys and values fell on one another in the cache; with tiles of four rows of one
+// head forward and backward took 1.2 and 1.4 times as long for 8 sequences of 127 behind 33, 2.0 and 1.7 times for one
+// of 1024.)
 // Scores exist for kQueries rows and at most kKeys keys; the forward pass keeps a running maximum over blocks of keys
 // (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1) and saves it with the inverse of the sum of exponentials,
-// from which the backward pass makes the probabilities again (ibid., algorithm 4; its log-sum-exp would cost a logarithm
-// a row, a fifth of the forward pass of short sequences).
+// from which the backward pass makes the probabilities again (ibid., algorithm 4; its log-sum-exp would cost a
+// logarithm a row, a fifth of the forward pass of short sequences).
 #include <math.h>
 
 #include "ops.h"
@@ -29,15 +30,15 @@ constexpr int64_t kLargest = 256;  // head size
 constexpr int64_t kScores = kKeys + kLine, kWide = kLargest + kLine;
 constexpr int64_t kSerial = 1 << 22;  // multiply-adds under which threads cost more than they give
 constexpr int64_t kAhead = 16;        // rows that are asked for before they are packed
-static_assert(kQueries % kTileRows == 0 && kKeys % kTileRows == 0 && kKeys % kTileColumns == 0, "blocks are whole tiles");
+static_assert(kQueries % kTileRows == 0 && kKeys % kTileRows == 0 && kKeys % kTileColumns == 0, "blocks: whole tiles");
 
 struct Shape {
   int64_t heads, kv_heads, share, dim, wide;  // share: query heads of a key head; wide: dim rounded up to whole panels
   float scale;
 };
 
-// Walks over the rows of such a matrix: row i is position i / share and head i % share. (Divisions at every look at a row
-// took a tenth of the time of short sequences.)
+// Walks over the rows of such a matrix: row i is position i / share and head i % share. (Divisions at every look at a
+// row took a tenth of the time of short sequences.)
 struct Row {
   int64_t share, position, head;
   Row(int64_t share, int64_t i) : share(share), position(i / share), head(i % share) {}
@@ -47,12 +48,12 @@ struct Row {
   int64_t in(const Strided& x) const { return position * x.row + head * x.head; }
 };
 
-// Asks for `count` numbers. A row of a head lies far from the next one, where the machine does not look ahead by itself.
+// Asks for `count` numbers: a row of a head lies far from the next one, where the machine does not look ahead itself.
 R1_INLINE void ask(const float* from, int64_t count) {
   for (int64_t d = 0; d < count; d += kLine) __builtin_prefetch(from + d, 0, 2);
 }
 
-// Rows first to first + count, times `scale`, kWide apart; then zeros up to whole tiles. Asks for the block behind them.
+// Rows first to first + count, times `scale`, kWide apart; then zeros up to whole tiles. Asks for the next block.
 void copy_rows(const Strided& x, const Shape& shape, int64_t first, int64_t count, float scale, float* to) {
   Row row(shape.share, first), later(shape.share, first + kQueries);
   for (int64_t r = 0; r < count; ++r, row.next(), later.next()) {
@@ -159,8 +160,8 @@ inline float largest_score(const float* scores, int64_t live) {
   return max_of(most);
 }
 
-// A tile's scores of a block of keys become probabilities; `most` and `mass` are each row's so far, and where there was a
-// block before, its sums shrink to the new maximum. In three passes over the rows: each is a chain of waits, and the
+// A tile's scores of a block of keys become probabilities; `most` and `mass` are each row's so far, and where there was
+// a block before, its sums shrink to the new maximum. In three passes over the rows: each is a chain of waits, and the
 // rows' chains then run side by side.
 inline void online_softmax(const Seen& seen, int64_t first, bool again, int64_t wide, float* scores, float* most,
                            float* mass, float* sums) {
@@ -288,8 +289,8 @@ void backward_block(const Seen& seen, const Shape& shape, const Keys& span, int6
     for (int64_t d = 0; d < shape.wide; d += kTileColumns) {
       tile<1, kWide>(block.ds + at, kScores, block.queries + skip * kWide + d, seen.rows - skip, span.d_k + to + d,
                      shape.wide, true);
-      tile<1, kWide>(block.p + at, kScores, block.grads + skip * kWide + d, seen.rows - skip, span.d_v + to + d, shape.wide,
-                     true);
+      tile<1, kWide>(block.p + at, kScores, block.grads + skip * kWide + d, seen.rows - skip, span.d_v + to + d,
+                     shape.wide, true);
     }
   }
 }
