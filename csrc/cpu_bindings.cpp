@@ -116,6 +116,31 @@ void check_attention(int status, int64_t columns, int64_t block, int64_t blocks)
   if (status == 5) throw std::invalid_argument("paged_attention: a sequence has more queries than its context tokens");
 }
 
+// Of a row of sample_token
+void check_settings(int status) {
+  if (status == 1) throw std::invalid_argument("sample_token: temperature must be >= 0 in every row");
+  if (status == 2) throw std::invalid_argument("sample_token: top_k must be >= 0 in every row");
+  if (status == 3) throw std::invalid_argument("sample_token: top_p must be > 0 in every row");
+}
+
+// Every row has blocks for the keys and values of `steps` tokens, and the tables reach as far.
+void check_room(const r1::DecoderCall& call, int64_t steps, int64_t table_rows) {
+  if (call.starts || call.sequences != call.rows)
+    throw std::invalid_argument("decoder_steps: each row must be a sequence of its own");
+  if (steps < 1) throw std::invalid_argument("decoder_steps: steps must be at least 1");
+  for (int64_t row = 0; row < call.rows; ++row) {
+    const int64_t first = int64_t{call.contexts[row]} - 1, last = first + steps - 1;
+    bool room = first >= 0 && last < call.columns * call.block && call.positions[row] + steps <= table_rows;
+    for (int64_t b = first / call.block; room && b <= last / call.block; ++b) {
+      const int32_t block = call.tables[row * call.table_row + b];
+      room = block >= 0 && block < call.blocks;
+    }
+    if (!room)
+      throw std::invalid_argument("decoder_steps: row " + std::to_string(row) + " has no room for " +
+                                  std::to_string(steps) + " tokens in its blocks");
+  }
+}
+
 void check_targets(const int64_t* targets, int64_t rows, int64_t vocabulary) {
   if (!inside(targets, rows, vocabulary))
     throw std::invalid_argument("linear_head: a target lies outside the vocabulary, which has " +
@@ -200,26 +225,46 @@ PYBIND11_MODULE(_cpu, m) {
                       at<float>(loss), at<float>(slope), at<float>(stats));
       },
       Release());
-  m.def(
-      "decoder_forward",
-      [&ops](Address layers, int64_t count, Address embedding, int64_t vocabulary, Address norm, Address cos,
-             Address sin, int64_t table_rows, int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
-             int64_t head_dim, int64_t blocks, int64_t block, float eps, Address tokens, Address positions,
-             Address slots, Address tables, Address contexts, Address starts, int64_t rows, int64_t sequences,
-             int64_t columns, int64_t table_row, Address out) {
+  py::class_<r1::DecoderCall>(m, "DecoderCall")
+      .def(py::init([](Address layers, int64_t count, Address embedding, int64_t vocabulary, Address norm, Address cos,
+                       Address sin, int64_t table_rows, int64_t hidden, int64_t inner, int64_t heads, int64_t kv_heads,
+                       int64_t head_dim, int64_t blocks, int64_t block, float eps, Address tokens, Address positions,
+                       Address slots, Address tables, Address contexts, Address starts, int64_t rows, int64_t sequences,
+                       int64_t columns, int64_t table_row) {
         if (starts) check_starts(at<const int32_t>(starts), sequences, rows);
         if (!inside(at<const int64_t>(tokens), rows, vocabulary))
           throw std::invalid_argument("decoder_forward: a token lies outside the vocabulary, which has " +
                                       std::to_string(vocabulary) + " words");
         check_positions("decoder_forward", at<const int64_t>(positions), rows, table_rows);
         check_slots("decoder_forward", at<const int64_t>(slots), rows, blocks * block);
-        const int status = ops.decoder_forward(
-            {at<const r1::DecoderLayer>(layers), at<const float>(embedding), at<const float>(norm), at<const float>(cos),
-             at<const float>(sin), count, hidden, inner, heads, kv_heads, head_dim, blocks, block, eps,
-             at<const int64_t>(tokens), at<const int64_t>(positions), at<const int64_t>(slots),
-             at<const int32_t>(tables), at<const int32_t>(contexts), at<const int32_t>(starts), rows, sequences, columns,
-             table_row, at<float>(out)});
-        check_attention(status, columns, block, blocks);
+        return r1::DecoderCall{at<const r1::DecoderLayer>(layers), at<const float>(embedding), at<const float>(norm),
+                               at<const float>(cos), at<const float>(sin), count, hidden, inner, heads, kv_heads,
+                               head_dim, blocks, block, eps, at<const int64_t>(tokens), at<const int64_t>(positions),
+                               at<const int64_t>(slots), at<const int32_t>(tables), at<const int32_t>(contexts),
+                               at<const int32_t>(starts), rows, sequences, columns, table_row, nullptr};
+      }));
+  m.def(
+      "decoder_forward",
+      [&ops](r1::DecoderCall& call, Address out) {
+        call.out = at<float>(out);
+        check_attention(ops.decoder_forward(call), call.columns, call.block, call.blocks);
+      },
+      Release());
+  m.def(
+      "decoder_steps",
+      [&ops](const r1::DecoderCall& call, int64_t table_rows, Address head, int64_t vocabulary, Address seed,
+             Address sequence, Address temperature, Address top_k, Address top_p, Address stops, int64_t stop_columns,
+             int64_t steps, double seconds, Address token, Address logprob, Address logprob_full) {
+        check_room(call, steps, table_rows);
+        int64_t done = 0;
+        const int status = ops.decoder_steps(
+            {call, at<const float>(head), vocabulary, at<const int64_t>(seed), at<const int64_t>(sequence),
+             at<const float>(temperature), at<const int32_t>(top_k), at<const float>(top_p), at<const int64_t>(stops),
+             stop_columns, steps, seconds, at<int64_t>(token), at<float>(logprob), at<float>(logprob_full)},
+            &done);
+        check_attention(status, call.columns, call.block, call.blocks);
+        check_settings(status - 5);
+        return done;
       },
       Release());
   m.def(
@@ -292,9 +337,7 @@ PYBIND11_MODULE(_cpu, m) {
             at<const float>(logits), at<const int64_t>(seed), at<const int64_t>(sequence), at<const int64_t>(position),
             at<const float>(temperature), at<const int32_t>(top_k), at<const float>(top_p), at<int64_t>(token),
             at<float>(logprob), at<float>(logprob_full), rows, vocabulary);
-        if (status == 1) throw std::invalid_argument("sample_token: temperature must be >= 0 in every row");
-        if (status == 2) throw std::invalid_argument("sample_token: top_k must be >= 0 in every row");
-        if (status == 3) throw std::invalid_argument("sample_token: top_p must be > 0 in every row");
+        check_settings(status);
         if (status == 4) throw std::bad_alloc();
       },
       Release());

@@ -176,16 +176,17 @@ def test_a_row_without_a_sequence_writes_into_the_last_block():
 
 def test_the_sampler_takes_it_for_prompts_and_for_decoding(monkeypatch):
     model, kinds = tiny_model(), set()
-    forward = native_forward.forward
+    for name in ("forward", "decode"):
+        run = getattr(native_forward, name)
 
-    def watched(model, step, kv):
-        kinds.add("decode" if step.cu_seqlens_q is None else "prefill")
-        return forward(model, step, kv)
+        def watched(model, step, *rest, name=name, run=run):
+            kinds.add((name, step.cu_seqlens_q is None))
+            return run(model, step, *rest)
 
-    monkeypatch.setattr(native_forward, "forward", watched)
+        monkeypatch.setattr(native_forward, name, watched)
     params = SamplingParams(n=3, max_tokens=9, seed=1)
     found = Sampler(model).sample(make_prompts(5), params)
-    assert kinds == {"decode", "prefill"}
+    assert kinds == {("forward", False), ("decode", True)}
     monkeypatch.setattr(native_forward, "takes", lambda *_: False)
     expected = Sampler(model).sample(make_prompts(5), params)
     for group, other in zip(found, expected, strict=True):

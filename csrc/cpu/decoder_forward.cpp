@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ops.h"
+#include "row_slices.h"
 #include "scratch.h"
 
 namespace r1 {
@@ -60,9 +61,7 @@ bool mlp(const DecoderCall& c, const DecoderLayer& layer, const Work& w) {
   return linear_forward(w.active, c.inner, layer.down_proj, layer.down_bias, c.rows, c.inner, c.hidden, w.out);
 }
 
-}  // namespace
-
-int decoder_forward(const DecoderCall& c) {
+int all_layers(const DecoderCall& c) {
   Scratch memory;
   Work w;
   if (!reserve(c, memory, w)) return 4;
@@ -78,6 +77,24 @@ int decoder_forward(const DecoderCall& c) {
     norm(c, w, w.out, last ? c.norm : c.layers[l + 1].input_norm, last ? c.out : w.normed);
   }
   return 0;
+}
+
+}  // namespace
+
+int decoder_forward(const DecoderCall& c) {
+  const Slices slices = slices_of(c, 1);
+  if (slices.count == 1) return all_layers(c);
+  int status = 0;
+#pragma omp parallel for schedule(static, 1) num_threads(slices.count)
+  for (int64_t s = 0; s < slices.count; ++s) {
+    alone();
+    const int found = all_layers(slice_of(c, slices, s));
+    if (found) {
+#pragma omp atomic write
+      status = found;
+    }
+  }
+  return status;
 }
 
 }  // namespace R1_ISA

@@ -6,12 +6,9 @@
 // rows it is the weight that is packed; with fewer than a vector holds, squares of it are transposed in registers.
 // Every number is one chain of fused multiply-adds over kDeep terms, chain by chain, in an order that neither the number
 // of rows nor that of threads changes. So a row's result has the same bits whatever the batch it sits in.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "ops.h"
 #include "product.h"
+#include "row_slices.h"
 #include "scratch.h"
 
 namespace r1 {
@@ -33,14 +30,6 @@ static_assert(kRowBlock % kTileRows == 0 && kOutBlock % kTileRows == 0, "blocks 
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
-
-int64_t most_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 struct Sizes {
   int64_t rows, width, outputs;

@@ -10,6 +10,7 @@
   X(isa, attention_backward) \
   X(isa, attention_forward) \
   X(isa, decoder_forward) \
+  X(isa, decoder_steps) \
   X(isa, group_advantage) \
   X(isa, group_advantage_ids) \
   X(isa, grpo_loss) \
@@ -34,6 +35,9 @@
 #define R1_CPU_OPS                                                                                                    \
   /* 0; what paged_attention refuses; or 4: memory ran out */                                                           \
   int decoder_forward(const DecoderCall& call);                                                                         \
+  /* Steps until a row draws a stop of its own, all are done or the seconds are over; `done`: how many. The same, or */ \
+  /* 6, 7, 8: a setting that sample_token refuses as 1, 2, 3 */                                                        \
+  int decoder_steps(const DecoderSteps& call, int64_t* done);                                                          \
   /* rewards, out: [groups * group_size] */                                                                           \
   void group_advantage(const float* rewards, float* out, int64_t groups, int64_t group_size, bool normalize,          \
                        double eps);                                                                                   \
@@ -170,6 +174,22 @@ struct DecoderCall {
   const int32_t *tables, *contexts, *starts;  // [sequences, columns], `table_row` apart; those of paged_attention
   int64_t rows, sequences, columns, table_row;
   float* out;  // [rows, hidden], after the final norm
+};
+
+// Tokens to be drawn one after another. Row i's blocks have room for all of them; it is its own sequence.
+struct DecoderSteps {
+  DecoderCall step;  // the first; `slots` and `out` go unused
+  const float* head;  // [vocabulary, hidden]
+  int64_t vocabulary;
+  const int64_t *seed, *sequence;  // [rows], these and the next: those of sample_token
+  const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const int64_t* stops;  // [rows, stop_columns], tokens that end a row, -1 for none
+  int64_t stop_columns, steps;
+  double seconds;                  // after which no further step begins
+  int64_t* token;                  // [steps, rows], and the log-probabilities
+  float *logprob, *logprob_full;
 };
 
 // Hidden states, the head, and a loss that hangs on each row's log-probability.

@@ -8,6 +8,7 @@ ops, so there is one formula, and one rounding, for both ways; and none of them 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from r1fast.model.paged import PagedKV, PagedStep
 from r1fast_kernels import native
 from r1fast_kernels.op import requested
 from r1fast_kernels.paged_attention import WIDEST_GROUP
+from r1fast_kernels.sample_token import SampledToken
 
 if TYPE_CHECKING:
     from r1fast.model.decoder import Decoder
@@ -54,7 +56,7 @@ def refusal(model: Decoder, step: PagedStep, kv: PagedKV) -> str | None:
 
 
 def _weights_refusal(model: Decoder) -> str | None:
-    named = [("embedding", model.embedding), ("norm", model.norm)]
+    named = [("embedding", model.embedding), ("norm", model.norm), ("head", model.head)]
     for layer in model.layers:
         named += layer._parameters.items()
     for name, weight in named:
@@ -78,6 +80,39 @@ def forward(model: Decoder, step: PagedStep, kv: PagedKV) -> Tensor:
 
     Raises ValueError for a token, position, slot or block that is outside of its range.
     """
+    call, _kept = _call(model, step, kv)
+    out = torch.empty((step.tokens.shape[0], model.config.hidden_size))
+    native.cpu().decoder_forward(call, out.data_ptr())
+    return out
+
+
+def decode(
+    model: Decoder, step: PagedStep, kv: PagedKV, noise: Iterable[Tensor], stops: Tensor, steps: int, seconds: float
+) -> SampledToken:
+    """Up to `steps` tokens of every row, one step after another: [n, rows] each of what `sample_token` returns, n >= 1.
+
+    step: the first, one token each; its rows have room for the keys and values of `steps` tokens. `refusal` has nothing
+    against it. noise: seed, sequence, temperature, top_k, top_p of the rows, as `sample_token` takes them. stops: int64
+    [rows, S], the tokens that end a row, -1 for none. The last step is the first in which a row ends, or that is not
+    done before `seconds` have passed. A row draws what `forward`, `model.logits` and `sample_token` would give it.
+    Raises ValueError as these do, and for rows without room.
+    """
+    call, kept = _call(model, step, kv)
+    rows, head = step.tokens.shape[0], model.head_weight
+    seed, sequence, temperature, top_k, top_p = noise
+    kinds = (torch.int64, torch.int64, torch.float32, torch.int32, torch.float32, torch.int64)
+    given = (seed, sequence, temperature, top_k, top_p, stops)
+    given = [x.to(kind).contiguous() for x, kind in zip(given, kinds, strict=True)]
+    token, logprob, full = torch.empty((steps, rows), dtype=torch.int64), *torch.empty((2, steps, rows))
+    done = native.cpu().decoder_steps(
+        call, kept[0].shape[0], head.data_ptr(), head.shape[0], *(x.data_ptr() for x in given), stops.shape[1], steps,
+        seconds, token.data_ptr(), logprob.data_ptr(), full.data_ptr(),
+    )  # fmt: skip
+    return SampledToken(token[:done], logprob[:done], full[:done])
+
+
+def _call(model: Decoder, step: PagedStep, kv: PagedKV) -> tuple[object, tuple]:
+    """The step as the native side takes it, and what must live as long: it holds addresses."""
     config, tables = model.config, step.block_tables
     if tables.stride(1) != 1:
         tables = tables.contiguous()
@@ -85,17 +120,14 @@ def forward(model: Decoder, step: PagedStep, kv: PagedKV) -> Tensor:
     tokens, positions, slots, contexts, starts = (None if x is None else x.contiguous() for x in arrays)
     cos, sin = model.rope_tables(tables.shape[1] * kv.block_size)
     layers = _addresses(model, kv)
-    rows = tokens.shape[0]
-    out = torch.empty((rows, config.hidden_size))
-    native.cpu().decoder_forward(
+    call = native.cpu().DecoderCall(
         layers.ctypes.data, len(layers), model.embedding.data_ptr(), config.vocab_size, model.norm.data_ptr(),
         cos.data_ptr(), sin.data_ptr(), cos.shape[0], config.hidden_size, config.intermediate_size, config.heads,
         config.kv_heads, config.head_dim, kv.keys.shape[1], kv.block_size, config.norm_eps, tokens.data_ptr(),
         positions.data_ptr(), slots.data_ptr(), tables.data_ptr(), contexts.data_ptr(),
-        0 if starts is None else starts.data_ptr(), rows, len(contexts), tables.shape[1], tables.stride(0),
-        out.data_ptr(),
+        0 if starts is None else starts.data_ptr(), tokens.shape[0], len(contexts), tables.shape[1], tables.stride(0),
     )  # fmt: skip
-    return out
+    return call, (cos, sin, layers, tables, tokens, positions, slots, contexts, starts)
 
 
 def _addresses(model: Decoder, kv: PagedKV) -> np.ndarray:

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import torch
 
+from r1fast.model import native_forward
 from r1fast.model.decoder import Decoder
 from r1fast.model.paged import PagedStep
 from r1fast.rollout.batch import Drawn
@@ -21,6 +22,7 @@ from r1fast_kernels import sample_token
 from r1fast_kernels.sample_token import SampledToken
 
 LONGEST = 0.02
+_PLAIN = Decoder.forward_paged, Decoder.logits
 
 
 class SteadyEngine(StepEngine):
@@ -36,11 +38,22 @@ class SteadyEngine(StepEngine):
         steps = min(ahead, self.ahead, int((view["limit"] - view["drawn"]).min()))
         if steps < 2 or batch.waiting(0) is not None:
             return super().decode(1)
-        drawn = self._run(batch.step(), steps)
-        counts = np.full(batch.size, len(drawn), np.int64)
+        step = batch.step()
+        if self._plain() and native_forward.takes(self.model, step, self._kv):
+            seed, key, _, *settings = batch.noise(0)
+            noise, stops = (seed, key, *settings), torch.from_numpy(batch.stop_ids)
+            drawn = native_forward.decode(self.model, step, self._kv, noise, stops, steps, LONGEST)
+        else:
+            drawn = SampledToken(*map(torch.stack, zip(*self._run(step, steps), strict=True)))
+        counts = np.full(batch.size, len(drawn.token), np.int64)
         batch.advance(counts)
-        tokens, logprobs, full = (torch.stack(field, 1).numpy() for field in zip(*drawn, strict=True))
-        return Drawn(tokens, logprobs, full, counts)
+        return Drawn(*(field.T.numpy() for field in drawn), counts)
+
+    def _plain(self) -> bool:
+        """Whether a step is what Decoder makes of it: whoever puts another method in its place is asked at each."""
+        found = (getattr(self.model, name) for name in ("forward_paged", "logits"))
+        own = all(getattr(method, "__func__", None) is plain for method, plain in zip(found, _PLAIN, strict=True))
+        return own and type(self).hidden is StepEngine.hidden and type(self).logits is StepEngine.logits
 
     def _run(self, step: PagedStep, steps: int) -> list[SampledToken]:
         """What up to `steps` steps drew, from this one on; the last is the first in which a row ends."""
