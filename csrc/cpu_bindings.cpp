@@ -279,8 +279,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "linear_backward_input",
       [&ops](Address d_y, int64_t d_row, Address weight, int64_t rows, int64_t width, int64_t outputs, Address d_x) {
-        ops.linear_backward_input(at<const float>(d_y), d_row, at<const float>(weight), rows, width, outputs,
-                                  at<float>(d_x));
+        if (!ops.linear_backward_input(at<const float>(d_y), d_row, at<const float>(weight), rows, width, outputs,
+                                       at<float>(d_x)))
+          throw std::bad_alloc();
       },
       Release());
   m.def(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from r1fast_kernels import memory, native
 from r1fast_kernels.op import Backend, Case, Op, Tolerance, register
@@ -37,46 +36,8 @@ def check(x, weight, bias) -> None:
 
 
 def reference(x, weight, bias) -> Tensor:
-    """Plain torch: the library's product. What it makes in training on a CPU lies in memory.py's."""
-    if x.is_cpu and x.dtype is torch.float32 and torch.is_grad_enabled() and native.cpu_unavailable() is None:
-        return _Product.apply(x, weight, bias)
+    """Plain torch: the library's product."""
     return F.linear(x, weight, bias)
-
-
-class _Product(torch.autograd.Function):
-    """F.linear and its gradients, by the same library."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        y = memory.empty(x, (*x.shape[:-1], weight.shape[0]))
-        rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, weight.shape[0])
-        torch.mm(rows, weight.T, out=out) if bias is None else torch.addmm(bias, rows, weight.T, out=out)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, d_rows = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
-        d_x = d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_x = memory.empty(x, x.shape)
-            torch.mm(d_rows, weight, out=d_x.view(rows.shape))
-        if ctx.needs_input_grad[1]:
-            d_weight = d_rows.T @ rows
-        if ctx.needs_input_grad[2]:
-            d_bias = d_rows.sum(0)
-        return d_x, d_weight, d_bias
-
-
-def _cpu_slower(x, weight, bias) -> str | None:
-    """One core of a Zen 3, its rate over that of MKL, 12 shapes of 256-1536 inputs and 256-8192 outputs. Forward: 0.8
-    for 1 row whose weights are in the cache and 1.5 where they are not, 1.2 for 2 rows, 1.5 for 3 to 8, 1.4 for 16, 1.1
-    for 64, 1.0 for 256 and more. Backward of 2048 and 10240 rows: d_x 0.9, d_weight 0.85."""
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, weight, bias)):
-        return "its backward was measured to be slower than the library's"
-    return None
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -87,7 +48,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 def _cpu_inference(x, weight, bias) -> Tensor:
     (rows, row), weight = _rows(x), weight.contiguous()
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    out = memory.empty(x, (*x.shape[:-1], weight.shape[0]))
     bias = None if bias is None else bias.contiguous()
     sizes = (len(rows), weight.shape[1], weight.shape[0])
     addresses = (rows.data_ptr(), row, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
@@ -105,7 +66,7 @@ def _cpu_backward(saved, grads, needs) -> tuple[Tensor | None, ...]:
     sizes = (len(rows), weight.shape[1], weight.shape[0])
     d_x = d_weight = d_bias = None
     if needs[0]:
-        d_x = x.new_empty(x.shape)
+        d_x = memory.empty(x, x.shape)
         native.cpu().linear_backward_input(d_y.data_ptr(), d_row, weight.data_ptr(), *sizes, d_x.data_ptr())
     if needs[1] or needs[2]:
         new = weight.new_empty if len(rows) else weight.new_zeros
@@ -174,7 +135,6 @@ OP = register(
                 _cpu_inference,
                 unavailable=native.cpu_unavailable,
                 supports=native.only_float32,
-                slower=_cpu_slower,
             )
         },
         cases=cases,

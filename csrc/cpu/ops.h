@@ -52,7 +52,7 @@
   /* The backward's d_y: [rows, outputs], `d_row` apart; d_bias null where not wanted. False when memory runs out */  \
   bool linear_forward(const float* x, int64_t x_row, const float* weight, const float* bias, int64_t rows,            \
                       int64_t width, int64_t outputs, float* y);                                                      \
-  void linear_backward_input(const float* d_y, int64_t d_row, const float* weight, int64_t rows, int64_t width,       \
+  bool linear_backward_input(const float* d_y, int64_t d_row, const float* weight, int64_t rows, int64_t width,       \
                              int64_t outputs, float* d_x);                                                            \
   bool linear_backward_weight(const float* d_y, int64_t d_row, const float* x, int64_t x_row, int64_t rows,           \
                               int64_t width, int64_t outputs, float* d_weight, float* d_bias);                        \
