@@ -69,8 +69,8 @@ def _cpu_backward(saved, grads, needs) -> tuple[Tensor | None, ...]:
         d_x = memory.empty(x, x.shape)
         native.cpu().linear_backward_input(d_y.data_ptr(), d_row, weight.data_ptr(), *sizes, d_x.data_ptr())
     if needs[1] or needs[2]:
-        new = weight.new_empty if len(rows) else weight.new_zeros
-        d_weight, d_bias = new(weight.shape), new(sizes[2]) if needs[2] else None
+        d_weight = memory.empty(weight, weight.shape) if len(rows) else torch.zeros_like(weight)
+        d_bias = weight.new_zeros(sizes[2]) if needs[2] else None
         native.cpu().linear_backward_weight(
             d_y.data_ptr(),
             d_row,

@@ -65,7 +65,7 @@ def run(
     found.logp = hidden.new_empty(rows)
     found.entropy = hidden.new_empty(rows) if entropy else None
     found.d_hidden = memory.empty(hidden, hidden.shape) if wants[0] else None
-    found.d_weight = torch.empty_like(weight) if wants[1] else None
+    found.d_weight = memory.empty(weight, weight.shape) if wants[1] else None
     found.stats = hidden.new_empty(6) if loss == GRPO else None
     native.cpu().linear_head(
         *(x.data_ptr() for x in (hidden, weight, targets)), rows, hidden.shape[1], weight.shape[0], 1.0 / temperature,

@@ -21,6 +21,7 @@ from r1fast.learn.memory import (
     readable_bytes,
     working_bytes,
 )
+from r1fast.model.recall import recalls
 from r1fast.parallel import shards
 from r1fast.recipe import resolve_device
 
@@ -184,6 +185,7 @@ class _Planner:
             shards=split,
             gathered=whole if split > 1 and samples else 0.0,
             working=working_bytes(config, self.width, trained=lora is None) if split > 1 else 0.0,
+            recall=recalls(self.device, self.recipe.parallel.tensor > 1),
         )
         return found.memory, found
 

@@ -93,11 +93,11 @@ def counted_whole() -> Iterator[dict[str, int]]:
         weights = [p for model in learning.LAST["models"] for p in model.parameters()]
         most[when] = max(most[when], sum(p.numel() for p in weights if not is_share(p)))
 
-    def block(self: Layer, index: int, x: Any, residual: torch.Tensor, attend: Callable) -> Any:
+    def block(self: Layer, index: int, x: Any, residual: torch.Tensor, attend: Callable, **more: Any) -> Any:
         look("forward")
         if residual.requires_grad:
             residual.register_hook(lambda _: look("backward"))
-        return plain(self, index, x, residual, attend)
+        return plain(self, index, x, residual, attend, **more)
 
     Layer._block = block
     try:

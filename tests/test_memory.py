@@ -55,7 +55,7 @@ def test_activations_are_what_torch_keeps(architecture, recompute):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.forward_packed(tokens, ends)
     found = sum(size for place, size in kept.items() if place not in weights) / 200 / 4
-    counted = activation_values(CONFIG, recompute)
+    counted = activation_values(CONFIG, recompute, recall=True)
     if recompute:  # one layer's are made again, and kept, during the backward pass
         counted -= activation_values(replace(CONFIG, layers=1))
     assert hidden.requires_grad and found == pytest.approx(counted, rel=0.05)

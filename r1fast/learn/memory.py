@@ -42,14 +42,18 @@ class Memory:
         return self.weights + self.training + self.cache + max(self.gathered, self.working + self.activations)
 
 
-def activation_values(config: DecoderConfig, recompute: bool = False) -> int:
+def activation_values(config: DecoderConfig, recompute: bool = False, recall: bool = False) -> int:
     """Values kept for the backward pass, per token: in each layer the residual stream and its norm before attention and
     before the MLP (4 H); q, k and v as projected, q and k as rotated, the attention's output; the MLP's two halves and
-    their product (3 I). With `recompute` only what enters each layer (2 H), and all of one layer at a time. Logits are
-    never kept. What a backend fuses is not kept, what it needs besides is not counted."""
+    their product (3 I). With `recall` (model/recall.py) neither the norms nor the product. With `recompute` only what
+    enters each layer (2 H), and all of one layer at a time. Logits are never kept. What a backend fuses is not kept,
+    what it needs besides is not counted."""
     attention = 3 * (config.heads + config.kv_heads) * config.head_dim
-    layer = 4 * config.hidden_size + attention + 3 * config.intermediate_size
-    return 2 * config.layers * config.hidden_size + layer if recompute else config.layers * layer
+    least = 2 * config.hidden_size + attention + 2 * config.intermediate_size
+    layer = least + 2 * config.hidden_size + config.intermediate_size
+    if recompute:
+        return 2 * config.layers * config.hidden_size + layer
+    return config.layers * (least if recall else layer)
 
 
 def training_bytes(parameters: int, width: int, states: States = "float32", shards: int = 1) -> float:
@@ -148,6 +152,7 @@ def plan_training(
     shards: int = 1,
     gathered: float = 0.0,
     working: float = 0.0,
+    recall: bool = False,
 ) -> TrainingPlan:
     """The fastest settings that are estimated to fit; the smallest ones, with `fits` False, where none do.
 
@@ -156,7 +161,7 @@ def plan_training(
 
     trained: parameters with a gradient, held in `width` bytes. free: bytes, with all `weights` loaded. longest: tokens
     of the longest row, which no micro-batch can be smaller than. cache: bytes the sampler will take. shards: ranks that
-    hold the trained parameters together; gathered, working: as of Memory.
+    hold the trained parameters together; gathered, working: as of Memory. recall: as of activation_values.
     """
     most = asked.micro_batch_tokens or DEFAULT_TOKENS[device]
     sizes = [most]
@@ -166,7 +171,7 @@ def plan_training(
             for recompute in _choices(asked.recompute, False, True)]  # fmt: skip
     for states, recompute in ways:
         for tokens in sizes:
-            kept = max(tokens, longest) * activation_values(config, recompute) * width
+            kept = max(tokens, longest) * activation_values(config, recompute, recall) * width
             lasting = training_bytes(trained, width, states, shards)
             memory = Memory(weights, lasting, cache, kept, gathered, working)
             if memory.total - weights <= USED * free:

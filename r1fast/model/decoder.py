@@ -11,6 +11,7 @@ For the tiny models the operators' dispatch is the run time, so the layers are p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from r1fast.model import native_forward
 from r1fast.model.decoder_config import DecoderConfig
 from r1fast.model.paged import PagedKV, PagedStep
+from r1fast.model.recall import recalled
 from r1fast.model.rope_scaling import rope_frequencies
 from r1fast_kernels import (
     linear,
@@ -41,6 +43,7 @@ __all__ = ["Decoder", "DecoderConfig", "PagedKV", "PagedStep"]
 # (number of the layer, the layer, q, k and v as projected [T, Hq + 2 Hkv, D]) -> [T, Hq, D]: with the norms of q and k
 # and the rotation, which generation fuses with the write into its cache
 Attend = Callable[[int, "Layer", Tensor], Tensor]
+Again = Callable[[], Tensor]
 
 
 class Layer(nn.Module):
@@ -86,32 +89,43 @@ class Layer(nn.Module):
         x is None where there is none. All weights that it reads are its own: FSDP gathers a layer around this call."""
         if recompute:
             return checkpoint(self._block, index, x, residual, attend, use_reentrant=False, preserve_rng_state=False)
-        return self._block(index, x, residual, attend)
+        return self._block(index, x, residual, attend, recall=True)
 
-    def _block(self, index: int, x: Tensor | None, residual: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    def _block(
+        self, index: int, x: Tensor | None, residual: Tensor, attend: Attend, recall: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """recall: what is cheap to make again is not kept for the backward pass (recall.py)."""
         if x is None:
             x = rms_norm(residual, self.input_norm, self.eps)
         else:
             x, residual = rms_norm(x, self.input_norm, self.eps, residual=residual)
-        x = self.attention(index, x, attend)
+        x = self.attention(index, x, attend, self._again("input_norm", residual) if recall else None)
         x, residual = rms_norm(x, self.post_norm, self.eps, residual=residual)
-        return self.mlp(x), residual
+        return self.mlp(x, self._again("post_norm", residual) if recall else None), residual
 
-    def attention(self, index: int, x: Tensor, attend: Attend) -> Tensor:
+    def _again(self, name: str, total: Tensor) -> Again:
+        """The norm `name` of a residual stream; its weight is looked up when asked for: FSDP has gathered it again."""
+        total = total.detach()
+        return lambda: rms_norm(total, getattr(self, name), self.eps)
+
+    def attention(self, index: int, x: Tensor, attend: Attend, again: Again | None = None) -> Tensor:
         rows = x.shape[0]
-        qkv = self.product("qkv_proj", x, self.qkv_bias).view(rows, -1, self.head_dim)
+        qkv = self.product("qkv_proj", x, self.qkv_bias, again).view(rows, -1, self.head_dim)
         return self.product("o_proj", attend(index, self, qkv).reshape(rows, -1), self.o_bias)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.product("down_proj", swiglu(self.product("gate_up_proj", x, self.gate_up_bias)), self.down_bias)
+    def mlp(self, x: Tensor, again: Again | None = None) -> Tensor:
+        halves = self.product("gate_up_proj", x, self.gate_up_bias, again)
+        gate = None if again is None else partial(swiglu, halves.detach())
+        return self.product("down_proj", swiglu(halves), self.down_bias, gate)
 
-    def product(self, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x times the weight `name`, with what an adapter beside it adds."""
+    def product(self, name: str, x: Tensor, bias: Tensor | None, again: Again | None = None) -> Tensor:
+        """x times the weight `name`, with what an adapter beside it adds. again: makes x anew for the backward pass."""
         if self.tensor is not None:
             return self.tensor.product(self, name, x, bias)
-        y = linear(x, getattr(self, name), bias)
-        adapter = self.active_adapter(name)
-        return y if adapter is None else y + adapter(x)
+        with recalled(x, again):
+            y = linear(x, getattr(self, name), bias)
+            adapter = self.active_adapter(name)
+            return y if adapter is None else y + adapter(x)
 
     def active_adapter(self, name: str) -> nn.Module | None:
         """What is beside the weight `name` and not merged into it."""

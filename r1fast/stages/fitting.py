@@ -12,6 +12,7 @@ from r1fast.learn.learner import Learner
 from r1fast.learn.memory import Asked, TrainingPlan, cache_bytes, plan_training, working_bytes
 from r1fast.model.decoder import Decoder
 from r1fast.model.lora import adapters, fold, save_adapter
+from r1fast.model.recall import recalls
 from r1fast.model.sharding import is_sharded, own, shards_of, used_in
 from r1fast.model.tensor_parallel import tensor_of
 from r1fast.model.weights import save
@@ -56,6 +57,7 @@ def fit(
         # the sampler takes no more than half
         cache=min(cache_bytes(config, sequences, longest, width), free / 2) + _copies(model, sequences),
         weights=sum(own(p).nbytes for p in parameters),
+        recall=recalls(ctx.device, tensor is not None),
     )
     if not plan.gather_fits:
         raise UserError(f"stage {ctx.name!r}: {plan.ungathered}")

@@ -118,6 +118,7 @@ class GRPOStageRun:
             drawn = self.draws.draw(step - 1, learning)
         learning.timer = self.timer
         update = learning.finish()
+        self.learner.forget()  # the gradient: the sampler has its room
         if self.ctx.device == "cpu":
             give_back_holes()
         return self.report(step, drawn, update)
