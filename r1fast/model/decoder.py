@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from r1fast.model import native_forward
@@ -26,6 +27,7 @@ from r1fast.model.recall import recalled
 from r1fast.model.rope_scaling import rope_frequencies
 from r1fast_kernels import (
     linear,
+    memory,
     paged_attention,
     prefix_attention,
     qkv_rope,
@@ -259,6 +261,9 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.tensor is None:
+            trained = self.embedding.requires_grad and torch.is_grad_enabled()
+            if trained and self.embedding.is_cpu and self.embedding.numel() >= memory.LEAST:
+                return _Lookup.apply(tokens, self.embedding)
             return F.embedding(tokens, self.embedding)
         return self.tensor.embed(tokens, self.embedding, self.config.vocab_size)
 
@@ -317,6 +322,22 @@ class Decoder(nn.Module):
         if self.head is not None:
             self.head.zero_()
         return self
+
+
+class _Lookup(torch.autograd.Function):
+    """F.embedding with a gradient in the ops' memory: malloc leaves a hole of the whole table in each micro-batch."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.like = table.new_empty(0), table.shape
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_rows: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        return None, memory.empty(*ctx.like).zero_().index_add_(0, tokens, d_rows.contiguous())
 
 
 def packed_positions(cu_seqlens: Tensor, rows: int) -> Tensor:
