@@ -1,8 +1,11 @@
 """The native modules as built, the folder named kernels/, and the `--benchmark` flag: what happens around a run."""
 
 import importlib.util
+import platform
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -146,6 +149,25 @@ def test_no_instruction_set_leaks_into_another():
     assert any("r1::generic::" in symbol for symbol in symbols)
     spaces = ("r1::generic::", "r1::x86_64_v3::", "r1::x86_64_v4::", "r1::(anonymous namespace)::")
     assert not [symbol for symbol in symbols if not any(space in symbol for space in spaces)]
+
+
+def assembly(source: str, contract: str, folder: Path) -> str:
+    """Of a file of csrc/cpu for x86-64-v3. At -O1, for the test's time: the pass that fuses runs there too."""
+    setup, to = load_setup(), folder / f"{source}.{contract}.s"
+    flags = [*setup.CXX_FLAGS, *setup.MATH_FLAGS, "-O1", "-fexpensive-optimizations", "-fopenmp", "-march=x86-64-v3"]
+    flags += ["-DR1_ISA=x86_64_v3", f"-ffp-contract={contract}", "-S", f"csrc/cpu/{source}.cpp", "-o", str(to)]
+    subprocess.run(["g++", *flags], cwd=ROOT, check=True)
+    return to.read_text()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="compiles for x86-64 with GCC")
+@pytest.mark.parametrize("source", ["paged_attention", "qkv_rope", "rms_norm", "rope"])
+def test_bits_that_paths_share_do_not_rest_on_what_the_compiler_fuses(source, tmp_path):
+    """One row and several, or one op and two fused into one, promise the same bits. Were a product and a sum fused
+    where the compiler sees fit, it could do so in one path and not in the other, as it did under sanitizers."""
+    with ThreadPoolExecutor(2) as pool:
+        fused, apart = pool.map(lambda contract: assembly(source, contract, tmp_path), ("fast", "off"))
+    assert fused == apart and "vfmadd" in fused
 
 
 # Known answers published with Random123 (kat_vectors, philox4x32 10): counter, key, words.

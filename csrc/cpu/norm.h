@@ -10,7 +10,7 @@ namespace R1_ISA {
 
 // 1 / sqrt(mean of the squares + eps), from the lanes' sums of a row's squares.
 R1_INLINE float inverse_rms(Vec squares, int64_t width, float eps) {
-  return 1.0f / sqrtf(sum_of(squares) / static_cast<float>(width) + eps);
+  return 1.0f / sqrtf(fma(sum_of(squares), 1.0f / static_cast<float>(width), eps));
 }
 
 R1_INLINE Vec normalised(Vec x, float scale, Vec weight) { return x * scale * weight; }

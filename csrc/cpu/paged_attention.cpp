@@ -71,7 +71,7 @@ R1_INLINE void score_part(const float* queries, const Tile& tile, int p, int64_t
     for (int i = 0; i < kPositions; ++i) {
       const Vec k = load(keys[i] + d, size - d);
 #pragma GCC unroll 2
-      for (int r = 0; r < ROWS; ++r) sum[r * kPositions + i] += q[r] * k;
+      for (int r = 0; r < ROWS; ++r) sum[r * kPositions + i] = fma(q[r], k, sum[r * kPositions + i]);
     }
   }
   float found[kLanes];
@@ -110,7 +110,7 @@ R1_INLINE void add_part(const float* weights, const float* keep, const Tile& til
     for (int v = 0; v < VECTORS; ++v) {
       const Vec x = load(value + v * kLanes, width - at - v * kLanes);
 #pragma GCC unroll 2
-      for (int r = 0; r < ROWS; ++r) total[r][v] += weights[r * kTile + p] * x;
+      for (int r = 0; r < ROWS; ++r) total[r][v] = fma(weights[r * kTile + p], x, total[r][v]);
     }
   }
 #pragma GCC unroll 2
@@ -119,7 +119,7 @@ R1_INLINE void add_part(const float* weights, const float* keep, const Tile& til
     for (int v = 0; v < VECTORS; ++v) {
       float* to = sums + r * width + at + v * kLanes;
       const int64_t left = width - at - v * kLanes;
-      store(to, load(to, left) * keep[r] + total[r][v], left);
+      store(to, fma(keep[r], load(to, left), total[r][v]), left);
     }
 }
 
@@ -139,7 +139,7 @@ void visit(const float* queries, const Tile& tile, bool fresh, const Tile* ahead
     const float before = maxima[r];
     const float total = exponentials(scores + r * kTile, tile.count, maxima + r);
     keep[r] = exp_nonpositive(before - maxima[r]);
-    totals[r] = totals[r] * keep[r] + total;
+    totals[r] = fma(totals[r], keep[r], total);
   }
   int64_t at = 0;
   for (; at + kVectors * kLanes <= size; at += kVectors * kLanes)

@@ -46,14 +46,14 @@ R1_INLINE void head_backward(const float* x, const float* weight, float eps, con
   Vec squares{}, dots{};
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec v = load(x + d, width - d);
-    squares += v * v;
-    dots += load(d_y + d, width - d) * load(weight + d, width - d) * v;
+    squares = fma(v, v, squares);
+    dots = fma(load(d_y + d, width - d) * load(weight + d, width - d), v, dots);
   }
   const float c = inverse_rms(squares, width, eps), shift = c * c * c * sum_of(dots) / static_cast<float>(width);
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec v = load(x + d, width - d), scaled = load(d_y + d, width - d) * c;
-    store(d_x + d, scaled * load(weight + d, width - d) - v * shift, width - d);
-    store(part + d, load(part + d, width - d) + scaled * v, width - d);
+    store(d_x + d, fma(scaled, load(weight + d, width - d), -(v * shift)), width - d);
+    store(part + d, fma(scaled, v, load(part + d, width - d)), width - d);
   }
 }
 

@@ -35,7 +35,7 @@ void forward_rows(Strided x, int64_t inner, const float* residual, const float* 
         s += load(residual + (first + r) * width + d, width - d);
         store(total + (first + r) * width + d, s, width - d);
       }
-      squares[r] += s * s;
+      squares[r] = fma(s, s, squares[r]);
     }
   for (int64_t r = 0; r < R; ++r) {
     scale[first + r] = inverse_rms(squares[r], width, eps);
@@ -60,7 +60,7 @@ void backward_rows(Strided s, int64_t inner, const float* weight, const float* s
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec w = load(weight + d, width - d);
     for (int64_t r = 0; r < R; ++r)
-      dots[r] += load(d_y + (first + r) * width + d, width - d) * w * load(from[r] + d, width - d);
+      dots[r] = fma(load(d_y + (first + r) * width + d, width - d) * w, load(from[r] + d, width - d), dots[r]);
   }
   for (int64_t r = 0; r < R; ++r) {
     const float c = scale[first + r];
@@ -72,10 +72,10 @@ void backward_rows(Strided s, int64_t inner, const float* weight, const float* s
     for (int64_t r = 0; r < R; ++r) {
       const int64_t at = (first + r) * width + d;
       const Vec value = load(from[r] + d, width - d), scaled = load(d_y + at, width - d) * scale[first + r];
-      Vec gradient = scaled * w - value * shift[r];
+      Vec gradient = fma(scaled, w, -(value * shift[r]));
       if (d_total) gradient += load(d_total + at, width - d);
       store(d_x + at, gradient, width - d);
-      share += scaled * value;
+      share = fma(scaled, value, share);
     }
     store(part + d, load(part + d, width - d) + share, width - d);
   }

@@ -25,8 +25,8 @@ R1_INLINE void rotate(const float* x, const float* cos, const float* sin, float 
 #pragma omp simd
   for (int64_t d = 0; d < count; ++d) {
     const float s = turn * sin[d];
-    out[d] = x[d] * cos[d] - second[d] * s;
-    out[count + d] = second[d] * cos[d] + x[d] * s;
+    out[d] = fma(x[d], cos[d], -(second[d] * s));
+    out[count + d] = fma(second[d], cos[d], x[d] * s);
   }
 }
 
@@ -40,7 +40,7 @@ R1_INLINE void norm_and_rotate(const float* x, const float* weight, float eps, c
     Vec squares{};
     for (int64_t d = 0; d < width; d += kLanes) {
       const Vec v = load(x + d, width - d);
-      squares += v * v;
+      squares = fma(v, v, squares);
     }
     const float scale = inverse_rms(squares, width, eps);
     for (int64_t d = 0; d < width; d += kLanes)
