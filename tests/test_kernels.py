@@ -67,11 +67,16 @@ def in_double(args: tuple) -> tuple:
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def results(op: Op, args: tuple, backend: str) -> list[Tensor]:
-    """What an op returns and what it writes, as one list. Skips when the backend refuses this case, saying why."""
+def skip_refused(op: Op, args: tuple, backend: str) -> None:
+    """Skip, saying why, when the backend refuses this case: before the reference is computed, which takes longest."""
     refusal = op.refusal(backend, args)
     if refusal is not None:
         pytest.skip(refusal)
+
+
+def results(op: Op, args: tuple, backend: str) -> list[Tensor]:
+    """What an op returns and what it writes, as one list."""
+    skip_refused(op, args, backend)
     returned = op(*args, backend=backend)
     returned = [] if returned is None else [returned] if isinstance(returned, Tensor) else list(returned)
     return returned + [args[i] for i in op.mutates]
@@ -123,6 +128,7 @@ def passes(actual: list[Tensor], expected: list[Tensor], tolerance: Tolerance) -
 @runs()
 def test_forward(op: Op, backend: str, device: str, dtype: torch.dtype, case: Case):
     args = case.make(device, dtype, 1)
+    skip_refused(op, args, backend)
     expected = results(op, in_double(copies(args)), "reference")
     compare(results(op, args, backend), expected, op.tolerances[dtype])
 
@@ -130,6 +136,7 @@ def test_forward(op: Op, backend: str, device: str, dtype: torch.dtype, case: Ca
 @runs(gradient=True)
 def test_backward(op: Op, backend: str, device: str, dtype: torch.dtype, case: Case):
     args = case.make(device, dtype, 2)
+    skip_refused(op, args, backend)
     expected = gradients(op, in_double(args), "reference")
     assert all(e.abs().sum() > 0 for e in expected if e.numel())
     compare(gradients(op, args, backend), expected, (op.gradient_tolerances or op.tolerances)[dtype])
@@ -146,6 +153,7 @@ def strided(tensor: Tensor) -> Tensor:
 def test_input_with_gaps(op: Op, backend: str, device: str, dtype: torch.dtype, case: Case):
     """Non-contiguous tensors give the same, or are refused in so many words."""
     args = case.make(device, dtype, 3)
+    skip_refused(op, args, backend)
     expected = results(op, in_double(copies(args)), "reference")
     for i, value in enumerate(args):
         if not isinstance(value, Tensor) or i in op.mutates or value.dim() == 0 or value.numel() < 2:
@@ -173,6 +181,7 @@ def test_rows_beyond_two_to_the_31_elements(op: Op, backend: str, device: str, d
     if device != "cpu":
         pytest.skip("the memory of a GPU is all there")
     args = case.make(device, dtype, 6)
+    skip_refused(op, args, backend)
     expected = results(op, in_double(copies(args)), "reference")
     for i, value in enumerate(args):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0 or len(value) < 2:

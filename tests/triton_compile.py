@@ -8,6 +8,8 @@ constants are those of a real launch) and stops before loading. Prints registers
 and how many products of two sizes go into an address in 32 bits: such an address is wrong beyond 2^31 elements.
 """
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -44,16 +48,34 @@ class Stub:
         return 0
 
 
-def usage(ptx: str, architecture: int) -> tuple[int, int]:
-    """(registers, spilled bytes) of one kernel."""
+class NoProducts(TorchDispatchMode):
+    """Leaves out the matrix products between the launches, which take longer than compiling: no launch's form depends
+    on their values. What they would have written holds whatever lay there."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.ops.aten.mm.out, torch.ops.aten.addmm.out):
+            return kwargs["out"]
+        if function is torch.ops.aten.mm.default:
+            a, b = args
+            return a.new_empty(a.shape[0], b.shape[1])
+        return function(*args, **kwargs)
+
+
+def usage(log: str) -> tuple[int, int]:
+    """(registers, spilled bytes) of one kernel, of what the assembler says of it."""
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
+    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+
+
+def assembled(ptx: str, architecture: int) -> str:
+    """What the assembler says of a kernel that comes from Triton's cache, and so was not assembled just now."""
     name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", str(source), "-o", str(source) + ".cubin"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
-    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def narrow_products(ttir: str) -> list[str]:
@@ -118,11 +140,14 @@ def main(architecture: int, names: list[str]) -> None:
     on_a_card = "--card" in names
     names = [name for name in names if name != "--card"]
     driver.set_active(Stub(architecture))
-    launch, seen = JITFunction.run, {}
+    knobs.nvidia.dump_ptxas_log = True  # Triton assembles with -v and prints what was said
+    launch, seen, logs = JITFunction.run, {}, {}
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
         seen.setdefault((self.fn.__name__, kernel.hash), kernel)
+        logs.setdefault(kernel.hash, said.getvalue())
         return kernel
 
     JITFunction.run = compile_only
@@ -131,9 +156,10 @@ def main(architecture: int, names: list[str]) -> None:
             continue
         seen.clear()
         for args in arguments_of(op, on_a_card):
-            launch_all(op, args)
+            with NoProducts():
+                launch_all(op, args)
         for (name, _), kernel in seen.items():
-            registers, spilled = usage(kernel.asm["ptx"], architecture)
+            registers, spilled = usage(logs[kernel.hash] or assembled(kernel.asm["ptx"], architecture))
             shared, narrow = kernel.metadata.shared, narrow_products(kernel.asm["ttir"])
             print(
                 f"{op.name} {name}: {registers} registers, {spilled} bytes spilled, {shared} bytes shared, "
