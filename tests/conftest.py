@@ -1,6 +1,7 @@
 """What every test starts from: seeded random numbers, no backend asked for, no cached choice of one."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -29,9 +30,18 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """The directory of a finished run of the small recipe (micro_run.py): half a minute, made once."""
+    """The directory of a finished run of the small recipe (micro_run.py), to be read: half a minute, made once for all
+    workers."""
+    from filelock import FileLock  # torch brings it
     from micro_run import run_micro
 
-    out = tmp_path_factory.mktemp("micro") / "tiny"
-    run_micro(out)
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "micro"  # a worker's parent is this run's
+    out, done = shared / "tiny", shared / "done"
+    shared.mkdir(exist_ok=True)
+    with FileLock(shared / "lock"):
+        if not done.exists():
+            shutil.rmtree(out, ignore_errors=True)  # of a worker that failed
+            run_micro(out)
+            done.touch()
     return out

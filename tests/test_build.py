@@ -214,6 +214,7 @@ def collected(arguments: list[str], environment: dict) -> set[str]:
     return {line.split("::")[0] for line in child.stdout.splitlines() if "::" in line}
 
 
+@pytest.mark.long(20)
 def test_the_flag_selects_benchmarks_and_leaves_the_tests_out(clean_environment):
     found = collected(["--benchmark"], clean_environment)
     assert found and all(name.startswith("benchmarks/") for name in found)
@@ -226,6 +227,21 @@ def test_without_the_flag_no_benchmark_runs(clean_environment):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", ".", *only_here]
     child = subprocess.run(command, env=clean_environment, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 5, child.stdout  # nothing collected
+
+
+@pytest.mark.parametrize(("longs", "shorts", "workers"), [(3, 17, 2), (5, 3, 4), (0, 5, 2), (4, 0, 3)])
+def test_each_worker_begins_with_its_share_of_the_long_tests(longs, shorts, workers):
+    spec = importlib.util.spec_from_file_location("root_conftest", ROOT / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    long, others = [f"long{i}" for i in range(longs)], [f"short{i}" for i in range(shorts)]
+    order = module.first_for_each(long, others, workers)
+    assert sorted(order) == sorted(long + others) and [x for x in order if x in others] == others
+    for worker in range(workers):
+        begins = len(order) * worker // workers  # as xdist cuts it
+        own = long[worker::workers]
+        if shorts >= longs:
+            assert order[begins : begins + len(own)] == own
 
 
 def test_a_module_older_than_the_sources_says_so():

@@ -252,6 +252,7 @@ def shortened(solution):
     return solution[: len(solution) // 2]
 
 
+@pytest.mark.long(30)
 @needs_bubblewrap
 def test_all_of_humaneval_passes_and_none_of_it_cut_short():
     if not HUMANEVAL.exists():

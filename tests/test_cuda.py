@@ -274,6 +274,7 @@ def test_a_missing_barrier_would_show(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(forward, everything(), strict=True))
 
 
+@pytest.mark.long(85)
 @pytest.mark.skipif(EMULATED, reason="this is the child process")
 @pytest.mark.skipif(sys.platform != "linux", reason="the emulation is tried on Linux alone")
 def test_the_kernels_compiled_for_the_cpu(tmp_path, clean_environment):

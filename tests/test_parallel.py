@@ -108,6 +108,7 @@ def same(found, expected, skipped: int = 0) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
+@pytest.mark.long(30)
 def test_ranks_give_the_losses_and_weights_of_one(tmp_path):
     """Two and four, with whole weights, with FSDP2 and with HSDP; what any number of them saved, any other goes on
     with: the shards of two on one and on four, what one saved on two, and those of two replicas of two on one."""
@@ -198,6 +199,7 @@ def same_results(out, whole) -> None:
     assert [s["name"] for s in found[0]] == [s["name"] for s in found[1]]
 
 
+@pytest.mark.long(20)
 def test_the_command_under_torchrun(one, tmp_path):
     recipe, whole = one
     process = torchrun(2, tmp_path / "run", recipe)
@@ -207,6 +209,7 @@ def test_the_command_under_torchrun(one, tmp_path):
     assert told.count("report:") == 1  # one rank speaks
 
 
+@pytest.mark.long(30)
 def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_another_number(one, tmp_path):
     """Its weights sharded before, whole after."""
     recipe, whole = one

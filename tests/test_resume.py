@@ -209,6 +209,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.long(15)
 def test_a_disk_that_is_really_full(recipe, small_disk):
     """Room for the small model but not for a snapshot beside it: one sentence, exit code 2, and what was whole stays
     whole; with more room the run ends with the same bits."""
@@ -267,6 +268,7 @@ def weights(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
+@pytest.mark.long(20)
 def test_a_run_killed_with_signal_9_at_random_moments(recipe, tmp_path):
     """KILLS kills, each somewhere in what is left of the run, then to the end: weights and log as without them."""
     path, whole = recipe
@@ -289,6 +291,7 @@ def test_a_run_killed_with_signal_9_at_random_moments(recipe, tmp_path):
     assert sorted(map(str, told(out))) == sorted(map(str, told(whole)))
 
 
+@pytest.mark.long(15)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(recipe, tmp_path, number):
     path, whole = recipe

@@ -553,6 +553,7 @@ def same_to_a_reader(answer, other):
     return one == two or plain_number(one) == plain_number(two) is not None
 
 
+@pytest.mark.long(20)
 def test_ten_thousand_pairs_of_real_answers_are_told_apart():
     math500, aime = ([str(row["answer"]) for row in rows(name)] for name in ("math500", "aime24"))
     answers = [*math500, *aime, *(row["answer"].rpartition("####")[2].strip() for row in rows("gsm8k_test"))]

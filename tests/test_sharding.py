@@ -148,6 +148,7 @@ def trains_a_reward_model(one: dict, found: list[dict], folder: Path) -> None:
         torch.testing.assert_close(weight, files[1][name], rtol=0, atol=1e-9)
 
 
+@pytest.mark.long(45)
 def test_two_ranks_with_shares_do_what_one_does(tmp_path):
     one, found = run_all(tmp_path)
     for case in CASES:

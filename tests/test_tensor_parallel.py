@@ -81,6 +81,7 @@ def one():
     return {case: tensor_learning.learn(case) for case in tensor_learning.CASES}
 
 
+@pytest.mark.long(25)
 def test_two_ranks_with_one_model(one, tmp_path):
     """Losses, gradient norms and weights of supervised and GRPO steps; samples; checkpoints; snapshots both ways."""
     alone = tensor_learning.go_on(None, tmp_path / "of one")
@@ -231,6 +232,7 @@ STAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.long(25)
 def test_the_command_over_two_ranks(tmp_path):
     """Every kind of stage that trains, samples or scores: weights, rewards and evaluations are those of one process."""
     from micro_run import MICRO, Silent
