@@ -62,20 +62,20 @@ class NoProducts(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-def usage(log: str) -> tuple[int, int]:
-    """(registers, spilled bytes) of one kernel, of what the assembler says of it."""
+def counted(log: str) -> tuple[int, int]:
+    """(registers, spilled bytes) of one kernel, from what the assembler says of it."""
     registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", log)))
 
 
-def assembled(ptx: str, architecture: int) -> str:
-    """What the assembler says of a kernel that comes from Triton's cache, and so was not assembled just now."""
+def usage(ptx: str, architecture: int) -> tuple[int, int]:
+    """(registers, spilled bytes) of one kernel, assembled for it."""
     name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", str(source), "-o", str(source) + ".cubin"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        return counted(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
 
 
 def narrow_products(ttir: str) -> list[str]:
@@ -159,7 +159,8 @@ def main(architecture: int, names: list[str]) -> None:
             with NoProducts():
                 launch_all(op, args)
         for (name, _), kernel in seen.items():
-            registers, spilled = usage(logs[kernel.hash] or assembled(kernel.asm["ptx"], architecture))
+            log = logs[kernel.hash]  # none where the kernel came from Triton's cache
+            registers, spilled = counted(log) if log else usage(kernel.asm["ptx"], architecture)
             shared, narrow = kernel.metadata.shared, narrow_products(kernel.asm["ttir"])
             print(
                 f"{op.name} {name}: {registers} registers, {spilled} bytes spilled, {shared} bytes shared, "
