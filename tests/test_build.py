@@ -146,6 +146,8 @@ def test_no_instruction_set_leaks_into_another():
     if nm.returncode:
         pytest.skip("nm is not installed")
     symbols = [line.split(maxsplit=2)[-1] for line in nm.stdout.splitlines() if " r1::" in line]
+    # without what the bindings name
+    symbols = [name for name in symbols if "pybind11" not in name and not name.startswith("typeinfo")]
     assert any("r1::generic::" in symbol for symbol in symbols)
     spaces = ("r1::generic::", "r1::x86_64_v3::", "r1::x86_64_v4::", "r1::(anonymous namespace)::")
     assert not [symbol for symbol in symbols if not any(space in symbol for space in spaces)]
@@ -161,7 +163,7 @@ def assembly(source: str, contract: str, folder: Path) -> str:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="compiles for x86-64 with GCC")
-@pytest.mark.parametrize("source", ["paged_attention", "qkv_rope", "rms_norm", "rope"])
+@pytest.mark.parametrize("source", ["gemm", "linear", "paged_attention", "qkv_rope", "rms_norm", "rope"])
 def test_bits_that_paths_share_do_not_rest_on_what_the_compiler_fuses(source, tmp_path):
     """One row and several, or one op and two fused into one, promise the same bits. Were a product and a sum fused
     where the compiler sees fit, it could do so in one path and not in the other, as it did under sanitizers."""

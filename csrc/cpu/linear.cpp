@@ -133,13 +133,13 @@ inline __attribute__((noinline)) void few_of(const float* x, int64_t x_row, cons
 #pragma GCC unroll 16
           for (int i = 0; i < kLanes; ++i)
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; ++r) sum[c][r] += all(x[r * x_row + k + i]) * square[i];
+            for (int r = 0; r < ROWS; ++r) sum[c][r] = fma(all(x[r * x_row + k + i]), square[i], sum[c][r]);
         }
       for (; k < end; ++k)
         for (int c = 0; c < kChains; ++c) {
           Vec column;
           for (int i = 0; i < kLanes; ++i) column[i] = from[c][i][k];
-          for (int r = 0; r < ROWS; ++r) sum[c][r] += all(x[r * x_row + k]) * column;
+          for (int r = 0; r < ROWS; ++r) sum[c][r] = fma(all(x[r * x_row + k]), column, sum[c][r]);
         }
       for (int c = 0; c < kChains; ++c)
         for (int r = 0; r < ROWS; ++r) total[c][r] = first ? total[c][r] + sum[c][r] : sum[c][r];

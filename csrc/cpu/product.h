@@ -29,8 +29,8 @@ inline __attribute__((noinline)) void tile(const float* left, int64_t step, cons
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; ++m) {
       const Vec a = all(left[m * LEFT_ROW]);
-      sum[m][0] += a * first;
-      sum[m][1] += a * second;
+      sum[m][0] = fma(a, first, sum[m][0]);
+      sum[m][1] = fma(a, second, sum[m][1]);
     }
     left += step;
     right += RIGHT_ROW;
@@ -106,7 +106,7 @@ inline __attribute__((noinline)) void tile_along(const float* left, int64_t row,
       for (int m = 0; m < ROWS; ++m) {
         const Vec a = all(from[m][k]);
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) sum[m][v] += a * b[v];
+        for (int v = 0; v < VECTORS; ++v) sum[m][v] = fma(a, b[v], sum[m][v]);
       }
       right += kTileColumns;
     }
