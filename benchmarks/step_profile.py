@@ -45,11 +45,12 @@ OP = re.compile(r"(\w+) \[\w+\]( backward)?")  # the names that named_ops gives
 
 
 @contextmanager
-def named_phases() -> Iterator[None]:
-    """Within the block the phases of a PhaseTimer are events of the profiler."""
-    called, left, events = PhaseTimer.__call__, PhaseTimer.__exit__, []
+def named_phases() -> Iterator[list[str]]:
+    """Within the block the phases of a PhaseTimer are events of the profiler; gives the open ones, outermost first."""
+    called, left, events, under_way = PhaseTimer.__call__, PhaseTimer.__exit__, [], []
 
     def call(self: PhaseTimer, phase: str) -> PhaseTimer:
+        under_way.append(phase)
         events.append(record_function(PHASE + phase))
         events[-1].__enter__()
         return called(self, phase)
@@ -57,19 +58,22 @@ def named_phases() -> Iterator[None]:
     def leave(self: PhaseTimer, *raised: object) -> None:
         left(self, *raised)
         events.pop().__exit__(None, None, None)
+        under_way.pop()
 
     with mock.patch.object(PhaseTimer, "__call__", call), mock.patch.object(PhaseTimer, "__exit__", leave):
-        yield
+        yield under_way
 
 
 @contextmanager
-def counted_ops() -> Iterator[dict[tuple[bool, str], list[float]]]:
-    """Within the block: (with a gradient, op) -> what its forward calls had to do, [operations, bytes]."""
+def counted_ops(phases: list[str]) -> Iterator[dict[tuple[str, bool, str], list[float]]]:
+    """Within the block: (phase, with a gradient, op) -> what its forward calls had to do, [operations, bytes].
+
+    phases: `named_phases`'. Learning has calls without a gradient, too: what the backward pass makes once more."""
     plain, done = Op.__call__, defaultdict(lambda: [0.0, 0.0])
 
     def call(self: Op, *args: object, backend: str | None = None) -> object:
         with record_function(COUNTING):
-            entry = done[self._needs_gradient(args), self.name]
+            entry = done[phases[-1] if phases else "", self._needs_gradient(args), self.name]
             entry[0] += self.flops(*args)
             entry[1] += self.bytes(*args)
         return plain(self, *args, backend=backend)
@@ -80,8 +84,6 @@ def counted_ops() -> Iterator[dict[tuple[bool, str], list[float]]]:
 
 def op_of(event_name: str) -> str | None:
     """The row of an op's own event."""
-    if event_name == "_ProductBackward":  # of linear's reference, which torch differentiates
-        return f"linear{BACKWARD}"
     found = OP.fullmatch(event_name)
     return f"{found[1]}{found[2] or ''}" if found else None
 
@@ -108,11 +110,14 @@ def rows_of(events, work: dict, steps: int) -> dict[str, list[dict]]:
     for phase in PHASES:
         rows = [{"what": what, "ms": ms, "calls": n / steps} for (at, what), (ms, n) in spent.items() if at == phase]
         for row in rows:
-            op, trained = row["what"].removesuffix(BACKWARD), phase == "learn"
+            op = row["what"].removesuffix(BACKWARD)
             for at, (key, factors) in enumerate((("flops", FLOPS), ("bytes", BYTES))):
                 forward, backward = factors.get(op, (0, 0))
-                factor = backward if row["what"] != op else forward if trained else min(1, forward)
-                row[key] = work[trained, op][at] / steps * factor
+                trained, untrained = (work[phase, needed, op][at] / steps for needed in (True, False))
+                if row["what"] == op:
+                    row[key] = trained * forward + untrained * min(1, forward)
+                else:
+                    row[key] = trained * backward
         found[phase] = sorted(rows, key=lambda row: -row["ms"])
     return found
 
@@ -125,8 +130,7 @@ def measure(shape: Shape, steps: int = 2) -> dict[str, list[dict]]:
         nonlocal taken
         taken += 1
         if taken == 3:
-            stack.enter_context(named_phases())
-            found["work"] = stack.enter_context(counted_ops())
+            found["work"] = stack.enter_context(counted_ops(stack.enter_context(named_phases())))
             stack.enter_context(named_ops())
             found["profile"] = stack.enter_context(profile(activities=[ProfilerActivity.CPU]))
         if taken == 3 + steps:

@@ -6,6 +6,8 @@ A library chooses its kernel by the number of rows, and with it the order in whi
 log-probability depends on what else was in its batch (He et al. 2025, "Defeating nondeterminism in LLM inference"). The
 native backend has one order for all: chains of 256 products, each a fused multiply-add, added up one after another; for
 any number of rows and of threads. Arithmetic is fp32 (fp64 for fp64 input), rounded once.
+It is also the faster one, one core of a Zen 3 beside MKL: forward 1.2 to 1.5 times for 2 to 16 rows, 1.1 for 64 and for
+1,056 (0.8 for a single row whose weights are in the cache), gradients of 1,056 rows 1.03 and 1.04 times (docs/log.md).
 
     d_x = d_y weight,    d_weight = d_y^T x,    d_bias = sum_t d_y[t]
 """

@@ -239,9 +239,9 @@ def test_an_interrupt_keeps_what_was_drawn_and_leaves_the_terminal_as_it_was(che
     termios.tcsetwinsize(follower, (24, 80))
     arguments = [folder, "--prompt", "tom has 3", "--max-tokens", "55", "--temperature", "0"]
     slow = (
-        "import sys, time; from r1fast.model.decoder import Decoder as D; f = D.forward_paged\n"
-        "D.forward_paged = lambda *a: (time.sleep(0.3), f(*a))[1]\n"
-        "import r1fast.generate as g; sys.exit(g.main(sys.argv[1:]))"
+        "import sys, time; import r1fast.generate as g, r1fast.rollout.steady\n"
+        "from r1fast.model.decoder import Decoder as D; f = D.forward_paged\n"
+        "D.forward_paged = lambda *a: (time.sleep(0.3), f(*a))[1]; sys.exit(g.main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *arguments], stdin=follower, stdout=follower, stderr=follower,

@@ -8,6 +8,7 @@ import torch
 from benchmarks import step_profile, vs_trl
 from benchmarks.whole_step import Shape, make_checkpoint, r1fast_steps, texts
 from r1fast.model.weights import load
+from r1fast_kernels import use_backend
 
 SMALL = Shape(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, inner=48, vocabulary=64, prompts=2, group=4)
 SMALL = vs_trl.replace(SMALL, prompt=(3, 6), completion=9)
@@ -21,7 +22,7 @@ def test_useful_operations_are_those_that_torch_counts(tmp_path):
     make_checkpoint(shape, tmp_path / "model")
     model, _ = load(tmp_path / "model")
     tokens, ends = torch.arange(3, 17), torch.tensor([0, 14], dtype=torch.int32)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, use_backend("reference"):  # torch's products: it counts no others
         hidden = model.forward_packed(tokens, ends)
         model.logits(hidden[-shape.completion :])
     attention = 4 * shape.layers * shape.heads * shape.head_dim
@@ -129,7 +130,9 @@ def test_the_profile_charges_every_millisecond_to_what_took_it():
     phases = step_profile.measure(SMALL, steps=1)
     for phase, counted in (("learn", 3), ("logprob", 1)):
         rows = {row["what"]: row for row in phases[phase]}
-        assert rows["linear"]["calls"] == 4 * SMALL.layers * rows["rms_norm"]["calls"] / (2 * SMALL.layers + 1)
+        again = 2 * SMALL.layers if phase == "learn" else 0  # norms that the backward pass makes once more
+        norms = rows["rms_norm"]["calls"] / (2 * SMALL.layers + 1 + again)
+        assert rows["linear"]["calls"] == 4 * SMALL.layers * norms
         products = sum(rows[name]["flops"] for name in rows if name.startswith("linear"))
         assert products == pytest.approx(counted * products_of(SMALL), rel=0.2)  # prompts are 3 to 6 long
         assert all(row["ms"] >= 0 for row in rows.values()) and "Python and autograd" in rows
