@@ -4,6 +4,7 @@
 (`--benchmark-only benchmarks/`, `--benchmark-json=...`) are untouched: pytest matches option names exactly.
 """
 
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from r1fast_kernels.paths import put_checkout_last
 put_checkout_last()  # importing this file put the checkout first on sys.path
 
 ROOT = Path(__file__).parent
+
+# Each of several workers, and what it starts, has its share of the cores: threads that wait for a core on which another
+# worker computes spin, and the whole suite took 36 minutes of CPU time where it had taken 27. Before torch is loaded.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+if WORKERS:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -239,7 +239,8 @@ def test_an_interrupt_keeps_what_was_drawn_and_leaves_the_terminal_as_it_was(che
     termios.tcsetwinsize(follower, (24, 80))
     arguments = [folder, "--prompt", "tom has 3", "--max-tokens", "55", "--temperature", "0"]
     slow = (
-        "import sys, time; import r1fast.generate as g, r1fast.rollout.steady\n"
+        "import signal, sys, time; import r1fast.generate as g, r1fast.rollout.steady\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from r1fast.model.decoder import Decoder as D; f = D.forward_paged\n"
         "D.forward_paged = lambda *a: (time.sleep(0.3), f(*a))[1]; sys.exit(g.main(sys.argv[1:]))"
     )
