@@ -54,8 +54,8 @@ R1_INLINE void store(float* to, Vec v, int64_t count) {
 R1_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // a b + c: rounded once where the machine can, twice elsewhere. Written out wherever two paths promise the same bits:
-// what `a * b + c` becomes the compiler decides place by place (GCC 12 fuses within a basic block alone, so that a
-// sanitizer's check between the product and the sum changed the bits of one path and not of the other).
+// what `a * b + c` becomes the compiler decides place by place, and so could decide otherwise in one path than in
+// another: bits of one row and of several differed in a build with sanitizers.
 R1_INLINE float fma(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
   return __builtin_fmaf(a, b, c);
