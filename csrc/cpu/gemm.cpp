@@ -4,13 +4,10 @@
 // the tile reads them (half of L2), and every panel (half of L1) meets all of them. So a number of the left factor is
 // copied once for all columns, one of the right factor once for all rows; both then come from the cache, and what comes
 // next is fetched meanwhile. (Panels packed anew for each block of 240 rows cost a fifth of the time: docs/log.md.)
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "gemm.h"
 #include "product.h"
 #include "scratch.h"
+#include "threads.h"
 
 namespace r1 {
 namespace R1_ISA {
@@ -25,16 +22,6 @@ constexpr int64_t kSoon = 4;            // rows that are fetched before they are
 constexpr int64_t kSerial = 1 << 18;    // multiply-adds under which threads cost more than they give
 static_assert(kRowBlock % kTileRows == 0, "a block is whole tiles");
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
-
-int64_t team() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
 
 // `count` numbers that will be read soon.
 R1_INLINE void fetch(const float* from, int64_t count) {
@@ -190,7 +177,7 @@ bool gemm(const Product& p) {
       for (int64_t k = 0; k < p.depth; k += deep) {
         const int64_t depth = least(p.depth - k, deep), panels = least(all_panels - panel, wide);
         pack_slab(p, panel * kTileColumns, panels, k, depth, packed.data());
-        const Cut c = cut(p, panels, team());
+        const Cut c = cut(p, panels, team_size());
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < c.blocks * c.groups; ++t) {
           const int64_t m = t / c.groups * c.block, first = t % c.groups * c.group;

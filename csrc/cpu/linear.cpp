@@ -10,8 +10,8 @@
 #include "gemm.h"
 #include "ops.h"
 #include "product.h"
-#include "row_slices.h"
 #include "scratch.h"
+#include "threads.h"
 
 namespace r1 {
 namespace R1_ISA {
@@ -26,8 +26,6 @@ constexpr int64_t kAhead = 64;    // numbers of a row of the weight that are fet
 constexpr int64_t kSerial = 1 << 18;  // multiply-adds under which threads cost more than they give
 static_assert(kBlock % kNarrowRows == 0 && kBlock % kTileRows == 0 && kBlock % kLine == 0, "blocks are whole tiles");
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
 struct Sizes {
   int64_t rows, width, outputs;

@@ -21,8 +21,6 @@ constexpr int64_t kLeastRows = 192;  // fewer make d_weight's passage through me
 constexpr int kParts = 64;           // of the vocabulary, each measured in one go: what threads share out
 constexpr int64_t kWeightRows = 128, kPanels = 8;  // of the weight, in the product for d_hidden
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
 // Of a row: the largest logit m, the sum of e^(z - m), the sum of e^(z - m) (z - m).
 enum Moment : int { kMost = 0, kSum = 1, kTilt = 2, kMoments = 3 };

@@ -13,6 +13,15 @@ R1_INLINE float inverse_rms(Vec squares, int64_t width, float eps) {
   return 1.0f / sqrtf(fma(sum_of(squares), 1.0f / static_cast<float>(width), eps));
 }
 
+// The gradient of a norm's weight, from the sums of `parts` parts of the rows, `stride` apart: in double, in their order.
+inline void add_parts(const float* sums, int64_t parts, int64_t stride, int64_t width, float* d_weight) {
+  for (int64_t d = 0; d < width; ++d) {
+    double sum = 0;
+    for (int64_t p = 0; p < parts; ++p) sum += sums[p * stride + d];
+    d_weight[d] = static_cast<float>(sum);
+  }
+}
+
 R1_INLINE Vec normalised(Vec x, float scale, Vec weight) { return x * scale * weight; }
 
 }  // namespace R1_ISA

@@ -96,10 +96,9 @@ bool qkv_rope_backward(const QkvRope& call, const QkvGradient& gradient) {
     const int64_t end = (p + 1) * part_rows;
     run(call, gradient, p * part_rows, end < call.rows ? end : call.rows, sums + p * 2 * width);
   }
-  for (int64_t d = 0; call.q_norm && d < 2 * width; ++d) {
-    double sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += sums[p * 2 * width + d];
-    (d < width ? gradient.d_q_norm : gradient.d_k_norm)[d % width] = static_cast<float>(sum);
+  if (call.q_norm) {
+    add_parts(sums, parts, 2 * width, width, gradient.d_q_norm);
+    add_parts(sums + width, parts, 2 * width, width, gradient.d_k_norm);
   }
   return true;
 }

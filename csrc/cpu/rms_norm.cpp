@@ -112,11 +112,7 @@ bool rms_norm_backward(Strided s, int64_t rows, int64_t inner, int64_t width, co
       backward_rows<kTogether>(s, inner, weight, scale, d_y, d_total, i, width, d_x, sums + p * width);
     for (; i < end; ++i) backward_rows<1>(s, inner, weight, scale, d_y, d_total, i, width, d_x, sums + p * width);
   }
-  for (int64_t d = 0; d < width; ++d) {
-    double sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += sums[p * width + d];
-    d_weight[d] = static_cast<float>(sum);
-  }
+  add_parts(sums, parts, width, width, d_weight);
   return true;
 }
 

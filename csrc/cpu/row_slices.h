@@ -3,40 +3,12 @@
 // them on one thread.)
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "ops.h"
 #include "scratch.h"
+#include "threads.h"
 
 namespace r1 {
 namespace R1_ISA {
-
-// Threads that a parallel region begun here would have.
-inline int64_t most_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-
-// Of the parallel region that runs.
-inline int64_t this_thread() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-inline int64_t team_size() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
 
 // Where the rows of each slice begin; slice i ends where i + 1 begins.
 struct Slices {
@@ -62,14 +34,13 @@ inline bool apart(const DecoderCall& c, int64_t steps, const Slices& slices, int
   return true;
 }
 
-// Slices of about the same work for `steps` steps from here on; one where the rows depend on each other, or are few.
+// Slices of about the same work for `steps` steps from here on, one for each thread; a single one where the rows depend
+// on each other, or are too few: then all threads share each product (fewer slices would leave cores idle).
 inline Slices slices_of(const DecoderCall& c, int64_t steps) {
   Slices found;
   found.first[1] = c.rows;
-  int64_t count = most_threads();
-  if (count > c.rows / Slices::kLeastRows) count = c.rows / Slices::kLeastRows;
-  if (count > Slices::kMost) count = Slices::kMost;
-  if (count < 2 || c.starts) return found;
+  const int64_t count = most_threads();
+  if (count < 2 || count > Slices::kMost || c.rows < count * Slices::kLeastRows || c.starts) return found;
   for (int64_t row = 0; row < c.rows; ++row)  // it writes where its context ends, as the check of `apart` assumes
     if (c.contexts[row] < 1 || c.contexts[row] > c.columns * c.block ||
         c.slots[row] != c.tables[row * c.table_row + (c.contexts[row] - 1) / c.block] * c.block +
@@ -104,13 +75,6 @@ inline DecoderCall slice_of(const DecoderCall& c, const Slices& slices, int64_t 
   }
   if (slices.count == 1) part.sequences = c.sequences;
   return part;
-}
-
-// Within a slice nothing is shared out again.
-inline void alone() {
-#ifdef _OPENMP
-  omp_set_num_threads(1);  // of this thread's parallel regions until the region it is in ends
-#endif
 }
 
 }  // namespace R1_ISA

@@ -29,6 +29,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace R1_ISA

@@ -55,7 +55,7 @@ class PagedKV:
         On a CPU the system gives zeroed pages as they are first used, so a large cache costs what is written into it (1
         GiB from torch.zeros: 0.7 s, and all of it resident). It begins where a line of the processor's cache does:
         malloc's memory lies 16 bytes off, and a head's key would then touch five lines, not four. Where the activations
-        of a step of training left room enough, it lies there: the two are never in use at once.
+        of a step of training left room enough, it lies there: the two are hardly ever in use at once.
         """
         shape = (config.layers, blocks + 1, block_size, config.kv_heads, config.head_dim)
         if torch.device(device).type == "cpu":
