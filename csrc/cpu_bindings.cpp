@@ -31,11 +31,17 @@ struct Ops {
 
 #if defined(R1_X86)
 const Ops v4 = R1_TABLE(x86_64_v4), v3 = R1_TABLE(x86_64_v3);
+const char* const kTiles = "x86_64_amx";  // v4, and products on matrix tiles
 #endif
 const Ops generic = R1_TABLE(generic);
 
+struct Choice {
+  const Ops& ops;
+  const char* name;
+};
+
 // Best instruction set of this CPU, or the one named by R1FAST_CPU_ISA if the CPU has it (to test the others).
-const Ops& choose() {
+Choice choose() {
   const char* variable = std::getenv("R1FAST_CPU_ISA");
   const std::string asked = variable ? variable : "";
 #if defined(R1_X86)
@@ -46,10 +52,11 @@ const Ops& choose() {
   const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (has_v4 && (asked.empty() || asked == v4.name)) return v4;
-  if (has_v3 && (asked.empty() || asked == v3.name)) return v3;
+  if (has_v4 && (asked.empty() || asked == kTiles) && v4.matrix_tiles(r1::kMostPieces)) return {v4, kTiles};
+  if (has_v4 && (asked.empty() || asked == v4.name)) return {v4, v4.name};
+  if (has_v3 && (asked.empty() || asked == v3.name)) return {v3, v3.name};
 #endif
-  if (asked.empty() || asked == generic.name) return generic;
+  if (asked.empty() || asked == generic.name) return {generic, generic.name};
   throw std::runtime_error("R1FAST_CPU_ISA=" + asked + ": this CPU or build has no such instruction set");
 }
 
@@ -198,8 +205,11 @@ py::object memory_tensor(const py::tuple& shape, bool touched) {
 }
 
 PYBIND11_MODULE(_cpu, m) {
-  const Ops& ops = choose();
-  m.attr("isa") = ops.name;
+  const Choice chosen = choose();
+  const Ops& ops = chosen.ops;
+  m.attr("isa") = chosen.name;
+  m.attr("has_matrix_tiles") = chosen.name != ops.name;
+  m.def("matrix_tiles", [&ops](int pieces) { return ops.matrix_tiles(pieces); }, py::arg("pieces"));
   using Release = py::call_guard<py::gil_scoped_release>;
 
   m.def(

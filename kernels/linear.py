@@ -8,6 +8,9 @@ native backend has one order for all: chains of 256 products, each a fused multi
 any number of rows and of threads. Arithmetic is fp32 (fp64 for fp64 input), rounded once.
 It is also the faster one, one core of a Zen 3 beside MKL: forward 1.2 to 1.5 times for 2 to 16 rows, 1.1 for 64 and for
 1,056 (0.8 for a single row whose weights are in the cache), gradients of 1,056 rows 1.03 and 1.04 times (docs/log.md).
+On a processor with bfloat16 matrix tiles (Intel AMX) the order is another, also one for all: a float32 is taken to
+three pieces, whose products the tiles add up as exactly (csrc/cpu/matrix_tiles.h; two pieces or one where
+torch.set_float32_matmul_precision asks for less).
 
     d_x = d_y weight,    d_weight = d_y^T x,    d_bias = sum_t d_y[t]
 """

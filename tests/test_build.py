@@ -76,7 +76,7 @@ def test_the_checkout_moves_last_and_nothing_else_moves(monkeypatch, tmp_path):
 def test_the_cpu_module_is_built():
     """An install without it would be a silent loss of speed: setup.py fails instead."""
     assert native.cpu_unavailable() is None
-    assert native.cpu().isa in ("generic", "x86_64_v3", "x86_64_v4")
+    assert native.cpu().isa in ("generic", "x86_64_v3", "x86_64_v4", "x86_64_amx")
 
 
 def test_both_modules_share_torch_threads(clean_environment):

@@ -5,6 +5,8 @@
 // copied once for all columns, one of the right factor once for all rows; both then come from the cache, and what comes
 // next is fetched meanwhile. (Panels packed anew for each block of 240 rows cost a fifth of the time: docs/log.md.)
 #include "gemm.h"
+#include "gemm_tiles.h"
+#include "matrix_tiles.h"
 #include "product.h"
 #include "scratch.h"
 #include "threads.h"
@@ -159,6 +161,7 @@ void block_of(const Product& p, int64_t m, int64_t rows, int64_t n, int64_t k, i
 }  // namespace
 
 bool gemm(const Product& p) {
+  if (tile_pieces) return gemm_tiles(p);
   // A slab is what is packed at a time: some columns with all their terms, or with the first so many.
   const int64_t deep = p.depth <= 16 * p.chain ? p.depth : 8 * p.chain;
   const int64_t all_panels = ceil_div(p.columns, kTileColumns);

@@ -18,6 +18,7 @@
   X(isa, linear_backward_weight) \
   X(isa, linear_forward) \
   X(isa, linear_head) \
+  X(isa, matrix_tiles) \
   X(isa, paged_append) \
   X(isa, paged_attention) \
   X(isa, philox_words) \
@@ -58,6 +59,8 @@
                               int64_t width, int64_t outputs, float* d_weight, float* d_bias);                        \
   /* False when memory runs out */                                                                                    \
   bool linear_head(const HeadCall& call);                                                                             \
+  /* Products of float32 on bfloat16 tiles, of that many pieces, or not (0). False where there are none */             \
+  bool matrix_tiles(int pieces);                                                                                      \
   /* k, v: tokens of `row` floats, `stride` apart; keys, values: [all slots, row]; slots: inside of the cache */        \
   void paged_append(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* keys, float* values,   \
                     const int64_t* slots, int64_t tokens, int64_t row);                                               \
@@ -208,6 +211,8 @@ struct HeadCall {
   float* stats;                // loss, kl_sum, clipped_sum, ratio_sum, ratio_max, count; null without GRPO
   bool gradient() const { return d_hidden || d_weight; }
 };
+
+constexpr int kMostPieces = 3;  // of a float32 in products on matrix tiles (matrix_tiles.h)
 
 namespace generic {
 R1_CPU_OPS

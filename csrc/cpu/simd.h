@@ -17,7 +17,7 @@
 namespace r1 {
 namespace R1_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(R1_EMULATED_TILES)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -66,7 +66,7 @@ R1_INLINE float fma(float a, float b, float c) {
 R1_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__aarch64__)
   return vfmaq_f32(c, a, b);
-#elif !defined(__FMA__)
+#elif !defined(__FMA__) || defined(R1_EMULATED_TILES)
   return a * b + c;
 #elif defined(__clang__)
   return __builtin_elementwise_fma(a, b, c);
