@@ -20,24 +20,9 @@ constexpr int64_t kRowBlock = 240;      // rows of a task: with a chain of numbe
 constexpr int64_t kPacked = 1 << 20;    // numbers of the right factor that are packed at a time, about: 4 MiB
 constexpr int64_t kTogether = 8;        // panels whose rows are read in one go
 constexpr int64_t kStretch = 64;        // of their rows, by one thread
-constexpr int64_t kSoon = 4;            // rows that are fetched before they are copied
 constexpr int64_t kSerial = 1 << 18;    // multiply-adds under which threads cost more than they give
 static_assert(kRowBlock % kTileRows == 0, "a block is whole tiles");
 
-
-// `count` numbers that will be read soon.
-R1_INLINE void fetch(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
-}
-
-// `depth` rows of `columns` columns, into panels `apart` numbers from each other.
-void pack_panels(const float* from, int64_t row, int64_t depth, int64_t columns, int64_t apart, float* to) {
-  for (int64_t i = 0; i < depth; ++i, from += row) {
-    fetch(from + kSoon * row, columns);
-    for (int64_t c = 0; c < columns; c += kTileColumns)
-      pack_right(from + c, columns - c, to + c / kTileColumns * apart + i * kTileColumns);
-  }
-}
 
 // A panel whose columns lie along memory, `row` numbers from one to the next.
 void pack_panel_across(const float* from, int64_t row, int64_t depth, int64_t columns, float* to) {
@@ -72,18 +57,6 @@ void pack_rows(const float* from, int64_t row, int64_t rows, int64_t depth, floa
     for (; i < depth; ++i)
 #pragma GCC unroll 16
       for (int64_t j = 0; j < kTileRows; ++j) to[i * kTileRows + j] = j < count ? from[j * row + i] : 0.0f;
-  }
-}
-
-// The same of rows that lie across memory: `depth` lines of `rows` numbers.
-void pack_rows_across(const float* from, int64_t row, int64_t rows, int64_t depth, float* to) {
-  for (int64_t i = 0; i < depth; ++i, from += row) {
-    fetch(from + kSoon * row, rows);
-    float* at = to + i * kTileRows;
-    int64_t first = 0;
-    for (; first + kTileRows <= rows; first += kTileRows, at += depth * kTileRows)
-      std::memcpy(at, from + first, kTileRows * sizeof(float));
-    for (int64_t j = 0; first < rows && j < kTileRows; ++j) at[j] = first + j < rows ? from[first + j] : 0.0f;
   }
 }
 

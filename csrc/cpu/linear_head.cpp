@@ -10,66 +10,104 @@
 #include "ops.h"
 #include "product.h"
 #include "scratch.h"
+#include "threads.h"
 
 namespace r1 {
 namespace R1_ISA {
 
 namespace {
 
-constexpr int64_t kRowStep = 96;     // chunks are multiples of it: whole tiles, either way round, on every machine
-constexpr int64_t kLeastRows = 192;  // fewer make d_weight's passage through memory dear
-constexpr int kParts = 64;           // of the vocabulary, each measured in one go: what threads share out
-constexpr int64_t kWeightRows = 128, kPanels = 8;  // of the weight, in the product for d_hidden
+constexpr int64_t kLeastRows = 256;   // of a chunk with gradients: fewer make d_weight's passage through memory dear
+constexpr int64_t kScoredRows = 384;  // of one without: a block's logits lie in half of L2
+constexpr int64_t kWords = 96;        // of the vocabulary, at most, that are made and measured in one go
+// Terms of a chain over width or vocabulary: a panel in a third of L1, with a tile of the left factor and the next. (256
+// of 16 lanes fill two thirds of 48 KiB: the loss of 4096 x 512 x 8192 then took 1.2 times as long.)
+constexpr int64_t kDeep = kLanes == 16 ? 128 : 256;
+constexpr int64_t kLongChain = kLanes == 16 ? 144 : 288;  // and over rows: each chain is a passage over d_weight
+constexpr int64_t kWordRow = kDeep + 16;  // of a packed block; not a power of two: its rows share no cache sets
+constexpr int64_t kRowBlock = 240;    // rows of a task of d_hidden: with kDeep words, half of L2
+constexpr int64_t kTogether = 8;      // panels of the weight that are packed in one go
+static_assert(kWords % kTileRows == 0 && kRowBlock % kTileRows == 0, "blocks are whole tiles");
+static_assert(kLeastRows % kTileColumns == 0 && kScoredRows % kTileColumns == 0, "chunks are whole panels");
 
 
-// Of a row: the largest logit m, the sum of e^(z - m), the sum of e^(z - m) (z - m).
+// Of a row and a block: the largest logit m, the sum of e^(z - m), the sum of e^(z - m) (z - m).
 enum Moment : int { kMost = 0, kSum = 1, kTilt = 2, kMoments = 3 };
 
 struct Work {
-  int64_t chunk, stride;         // rows of a chunk, and of logits: a bit more, so that columns share no cache sets
-  int64_t parts, part;           // of the vocabulary
-  int64_t panels;                // of the hidden width
-  float* logits;                 // [vocabulary rounded up, stride]
-  float* across;                 // panels of rows: [panel][width][kTileColumns], times the scale
-  float* along;                  // panels of width: [panel][chunk][kTileColumns]
-  float* d_hidden;               // [chunk, panels * kTileColumns]
-  float* moments;                // [parts][kMoments][chunk]
-  float *lse, *pull;             // [chunk]; pull: slope * scale
+  int64_t live_chunk, rest_chunk;  // rows of a chunk with gradients, and of one without
+  int64_t chunk, stride;           // the larger; and of logits a bit more, so that columns share no cache sets
+  int64_t blocks;                  // of the vocabulary
+  int64_t panels;                  // of the hidden width
+  float* logits;                   // [vocabulary rounded up, stride]: of chunks with gradients; from measuring on,
+                                   // e^(z - m), then their gradient
+  float* across;                   // panels of rows: [panel][width][kTileColumns], times the scale
+  float* along;                    // panels of width: [panel][chunk][kTileColumns]
+  float* d_hidden;                 // [chunk, panels * kTileColumns]
+  float* moments;                  // [blocks][kMoments][chunk]
+  float* own;                      // [threads][own_size]: what a thread packs and, without gradients, a block's logits
+  int64_t own_size;
+  float *lse, *pull, *chosen;      // [chunk]; pull: slope * scale; chosen: the target's logit
   float *logp, *old_logp, *ref_logp, *advantages, *weights, *loss, *slope;  // [chunk]: what grpo_loss reads and writes
-  int64_t* order;                // [rows]: those with a gradient first
+  int64_t* order;                  // [rows]: those with a gradient first
   int64_t live;
 };
 
-int64_t chunk_rows(const HeadCall& c) {
-  const int64_t fit = (int64_t{1} << 18) / c.vocabulary / kRowStep * kRowStep;  // 1 MiB of logits
-  const int64_t rows = fit < kLeastRows ? kLeastRows : (fit > 4 * kLeastRows ? 4 * kLeastRows : fit);
-  const int64_t all_rows = round_up(c.rows, kRowStep);
-  return least(rows, all_rows);
+// Whether a row can have a gradient; clipping is only known later, and such rows stay in.
+bool has_gradient(const HeadCall& c, int64_t row) {
+  if (!c.gradient()) return false;
+  if (c.loss == HeadCall::kGivenSlope) return c.slopes[row] != 0;
+  return c.weights[row] != 0 && ((c.kl_kind != 0 && c.kl_coef != 0) || c.advantages[row] != 0);
+}
+
+// Rows of a chunk where all are alike and none has more than `most`.
+int64_t chunk_rows(int64_t rows, int64_t most) {
+  return rows ? round_up(ceil_div(rows, ceil_div(rows, most)), kTileColumns) : 0;
+}
+
+// Of up to kWords words; a small vocabulary has smaller ones, that threads have something to share out.
+int64_t count_blocks(int64_t vocabulary) {
+  const bool small = vocabulary <= 16 * kWords;
+  const int64_t wanted = small ? round_up(ceil_div(2 * vocabulary, kWords), 4) : round_up(ceil_div(vocabulary, kWords), 16);
+  return least(wanted, ceil_div(vocabulary, kTileRows));
+}
+
+// The first word of a block: whole tiles, shared out evenly.
+int64_t first_word(const HeadCall& c, const Work& w, int64_t block) {
+  return least(ceil_div(c.vocabulary, kTileRows) * block / w.blocks * kTileRows, c.vocabulary);
 }
 
 bool reserve(const HeadCall& c, Scratch& memory, Work& w) {
-  w.chunk = chunk_rows(c);
-  w.stride = w.chunk + 16;
-  w.part = round_up(ceil_div(c.vocabulary, kParts), kBlock);
-  w.parts = ceil_div(c.vocabulary, w.part);
+  w.live = 0;
+  for (int64_t row = 0; row < c.rows; ++row) w.live += has_gradient(c, row);
+  const int64_t fit = (int64_t{1} << 18) / c.vocabulary / kTileColumns * kTileColumns;  // 1 MiB of logits
+  w.live_chunk = chunk_rows(w.live, fit < kLeastRows ? kLeastRows : least(fit, 4 * kLeastRows));
+  w.rest_chunk = chunk_rows(c.rows - w.live, kScoredRows);
+  w.chunk = w.live_chunk > w.rest_chunk ? w.live_chunk : w.rest_chunk;
+  w.stride = w.live_chunk + 16;
+  w.blocks = count_blocks(c.vocabulary);
   w.panels = ceil_div(c.width, kTileColumns);
   const int64_t width = w.panels * kTileColumns;
-  const int64_t sizes[] = {round_up(c.vocabulary, kBlock) * w.stride,
+  const int64_t making = kWords * (kWordRow + (w.rest_chunk ? w.rest_chunk + 16 : 0));
+  const int64_t pulling = (round_up(least(w.live_chunk, kRowBlock), kTileRows) + kTogether * kTileColumns) * kDeep;
+  w.own_size = round_up(w.live_chunk && c.d_hidden && pulling > making ? pulling : making, 16);
+  const int64_t sizes[] = {w.live ? round_up(c.vocabulary, kTileRows) * w.stride : 0,
                            w.chunk * c.width,
-                           c.gradient() ? w.chunk * width : 0,
-                           c.d_hidden ? w.chunk * width : 0,
-                           w.parts * kMoments * w.chunk};
-  int64_t total = 9 * w.chunk + 2 * c.rows;
+                           w.live_chunk * width,
+                           c.d_hidden ? w.live_chunk * width : 0,
+                           w.blocks * kMoments * w.chunk,
+                           most_threads() * w.own_size};
+  int64_t total = 10 * w.chunk + 2 * c.rows;
   for (const int64_t size : sizes) total += round_up(size, 16);
   if (!memory.reserve(total)) return false;
   float* next = memory.data();
-  float** arrays[] = {&w.logits, &w.across, &w.along, &w.d_hidden, &w.moments};
-  for (int i = 0; i < 5; ++i) {
+  float** arrays[] = {&w.logits, &w.across, &w.along, &w.d_hidden, &w.moments, &w.own};
+  for (int i = 0; i < 6; ++i) {
     *arrays[i] = next;
     next += round_up(sizes[i], 16);
   }
-  float** streams[] = {&w.lse,        &w.pull,    &w.logp, &w.old_logp, &w.ref_logp,
-                       &w.advantages, &w.weights, &w.loss, &w.slope};
+  float** streams[] = {&w.lse,        &w.pull,    &w.chosen, &w.logp, &w.old_logp, &w.ref_logp,
+                       &w.advantages, &w.weights, &w.loss,   &w.slope};
   for (float** stream : streams) {
     *stream = next;
     next += w.chunk;
@@ -78,90 +116,115 @@ bool reserve(const HeadCall& c, Scratch& memory, Work& w) {
   return true;
 }
 
-// Whether a row can have a gradient; clipping is only known later, and such rows stay in.
-bool has_gradient(const HeadCall& c, int64_t row) {
-  if (c.loss == HeadCall::kGivenSlope) return c.slopes[row] != 0;
-  return c.weights[row] != 0 && ((c.kl_kind != 0 && c.kl_coef != 0) || c.advantages[row] != 0);
+void put_in_order(const HeadCall& c, Work& w) {
+  int64_t live = 0, rest = w.live;
+  for (int64_t row = 0; row < c.rows; ++row) w.order[has_gradient(c, row) ? live++ : rest++] = row;
 }
 
-void put_in_order(const HeadCall& c, Work& w) {
-  w.live = 0;
-  for (int64_t row = 0; row < c.rows && c.gradient(); ++row)
-    if (has_gradient(c, row)) w.order[w.live++] = row;
-  int64_t next = w.live;
-  for (int64_t row = 0; row < c.rows; ++row)
-    if (!c.gradient() || !has_gradient(c, row)) w.order[next++] = row;
+// `count` <= kTileColumns rows of hidden states, transposed and scaled: a panel [width][kTileColumns].
+void pack_across(const HeadCall& c, const int64_t* order, int64_t count, float* to) {
+  for (int64_t first = 0; first < kTileColumns; first += kLanes)
+    for (int64_t k = 0; k < c.width; k += kLanes) {
+      Vec square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        square[i] =
+            first + i < count ? load(c.hidden + order[first + i] * c.width + k, c.width - k) * c.scale : Vec{};
+      transpose_square(square);
+      for (int64_t i = 0; i < kLanes && k + i < c.width; ++i) store(to + (k + i) * kTileColumns + first, square[i]);
+    }
 }
 
 // Both forms of a chunk's hidden states.
 void pack_hidden(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, bool gradient) {
 #pragma omp for schedule(static) nowait
-  for (int64_t panel = 0; panel < ceil_div(rows, kTileColumns); ++panel) {
-    float* to = w.across + panel * c.width * kTileColumns;
-    for (int64_t n = 0; n < kTileColumns; ++n) {
-      const int64_t i = panel * kTileColumns + n;
-      const float* from = i < rows ? c.hidden + order[i] * c.width : nullptr;
-      for (int64_t k = 0; k < c.width; ++k) to[k * kTileColumns + n] = from ? from[k] * c.scale : 0.0f;
-    }
-  }
+  for (int64_t n = 0; n < rows; n += kTileColumns)
+    pack_across(c, order + n, least(rows - n, kTileColumns), w.across + n * c.width);
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t panel = 0; gradient && panel < w.panels; ++panel)
       pack_right(c.hidden + order[i] * c.width + panel * kTileColumns, c.width - panel * kTileColumns,
-                 w.along + (panel * w.chunk + i) * kTileColumns);
+                 w.along + (panel * w.live_chunk + i) * kTileColumns);
 }
 
-// Adds `rows` rows of transposed logits to the moments of their columns, a vector of columns at a time.
-void measure_block(const float* logits, int64_t stride, int64_t rows, int64_t columns, float* moments, int64_t chunk) {
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    const float* z = logits + c;
-    Vec most = load(z);
-    for (int64_t v = 1; v < rows; ++v) most = larger(load(z + v * stride), most);
-    const Vec before = load(moments + kMost * chunk + c);
-    most = larger(most, before);
-    const Vec shift = before - most, keep = exp_nonpositive(shift);
-    const Vec held = load(moments + kSum * chunk + c);
-    Vec sum{}, tilt{};
-    for (int64_t v = 0; v < rows; ++v) {
-      Vec d = load(z + v * stride) - most;
-      const Vec e = exp_nonpositive(d);
-      d = d < -1e30f ? all(-1e30f) : d;  // 0 times -infinity is not 0
-      sum += e;
-      tilt += e * d;
+// The moments of `columns` columns of a block of transposed logits; e^(z - m) in place of z where it is kept. Two vectors
+// at a time: a line of the cache (or two), and sums that need not wait for each other.
+template <bool KEEP>
+void measure_block(float* logits, int64_t stride, int64_t count, int64_t columns, float* moments, int64_t chunk) {
+  for (int64_t c = 0; c < columns; c += kTileColumns) {
+    float* z = logits + c;
+    Vec most[2] = {all(-1e30f), all(-1e30f)}, sum[2] = {}, tilt[2] = {};
+    for (int64_t v = 0; v < count; ++v)
+      for (int i = 0; i < 2; ++i) most[i] = larger(load(z + v * stride + i * kLanes), most[i]);
+    for (int64_t v = 0; v < count; ++v)
+      for (int i = 0; i < 2; ++i) {
+        float* at = z + v * stride + i * kLanes;
+        Vec d = load(at) - most[i];
+        const Vec e = exp_nonpositive(d);
+        d = d < -1e30f ? all(-1e30f) : d;  // 0 times -infinity is not 0
+        sum[i] += e;
+        tilt[i] += e * d;
+        if (KEEP) store(at, e);
+      }
+    for (int i = 0; i < 2; ++i) {
+      store(moments + kMost * chunk + c + i * kLanes, most[i]);
+      store(moments + kSum * chunk + c + i * kLanes, sum[i]);
+      store(moments + kTilt * chunk + c + i * kLanes, tilt[i]);
     }
-    store(moments + kMost * chunk + c, most);
-    store(moments + kSum * chunk + c, keep * held + sum);
-    store(moments + kTilt * chunk + c, keep * (load(moments + kTilt * chunk + c) + held * shift) + tilt);
   }
 }
 
-void make_logits(const HeadCall& c, const Work& w, int64_t rows) {
+// Where the next tile's sums will be added or stored: a store, too, waits for its line.
+R1_INLINE void fetch_tile(const float* out, int64_t row) {
+  for (int64_t m = 0; m < kTileRows; ++m) fetch(out + m * row, kTileColumns);
+}
+
+// Words of the weight as a tile reads them, kWordRow numbers apart; the rest of the last tile is zero.
+void pack_words(const float* from, int64_t row, int64_t count, int64_t depth, float* to) {
+  int64_t m = 0;
+  for (; m < count; ++m)  // by the vector: GCC makes a copy of unknown length a `rep movs`, which takes twice as long
+    for (int64_t k = 0; k < depth; k += kLanes)
+      store(to + m * kWordRow + k, load(from + m * row + k, depth - k), depth - k);
+  for (; m % kTileRows; ++m) std::memset(to + m * kWordRow, 0, depth * sizeof(float));
+}
+
+// `count` rows of the weight from word v on, times the chunk's hidden states.
+void make_block(const HeadCall& c, const Work& w, int64_t v, int64_t count, int64_t next_count, int64_t columns,
+                float* left, float* logits, int64_t stride) {
+  for (int64_t k = 0; k < c.width; k += kDeep) {
+    const int64_t depth = least(c.width - k, kDeep);
+    pack_words(c.weight + v * c.width + k, c.width, count, depth, left);
+    Ahead words = k + depth < c.width
+                      ? Ahead{c.weight + v * c.width + k + depth, c.width, count, least(c.width - k - depth, kDeep)}
+                      : Ahead{c.weight + (v + count) * c.width, c.width, next_count, least(c.width, kDeep)};
+    for (int64_t n = 0; n < columns; n += kTileColumns) {
+      const float* right = w.across + n * c.width + k * kTileColumns;
+      Ahead panel{right + kTileColumns * c.width, kTileColumns, n + kTileColumns < columns ? depth : 0, kTileColumns};
+      const int64_t share = ceil_div(depth * kTileRows, count);
+      for (int64_t m = 0; m < count; m += kTileRows, words.fetch(2), panel.fetch(share)) {
+        const bool last = m + kTileRows >= count;  // then the next tile is the next panel's first
+        fetch_tile(logits + (last ? 0 : m + kTileRows) * stride + n + (last ? kTileColumns : 0), stride);
+        tile<kWordRow>(left + m * kWordRow, 1, right, depth, logits + m * stride + n, stride, k > 0);
+      }
+    }
+  }
+}
+
+void make_logits(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, bool gradient) {
   const int64_t columns = round_up(rows, kTileColumns);
 #pragma omp for schedule(static)
-  for (int64_t p = 0; p < w.parts; ++p) {
-    alignas(64) float left[kBlock * kLeftRow];
-    float* moments = w.moments + p * kMoments * w.chunk;
-    for (int64_t i = 0; i < w.chunk; ++i) {
-      moments[kMost * w.chunk + i] = -1e30f;
-      moments[kSum * w.chunk + i] = moments[kTilt * w.chunk + i] = 0;
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    float* left = w.own + this_thread() * w.own_size;
+    const int64_t v = first_word(c, w, b), end = first_word(c, w, b + 1);
+    const int64_t after = b + 1 < w.blocks ? first_word(c, w, b + 2) - end : 0;
+    float* logits = gradient ? w.logits + v * w.stride : left + kWords * kWordRow;
+    const int64_t stride = gradient ? w.stride : w.rest_chunk + 16;
+    make_block(c, w, v, end - v, after, columns, left, logits, stride);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t word = c.targets[order[i]] - v;
+      if (word >= 0 && word < end - v) w.chosen[i] = logits[word * stride + i];
     }
-    const int64_t end = least((p + 1) * w.part, c.vocabulary);
-    for (int64_t v = p * w.part; v < end; v += kBlock) {
-      const int64_t count = least(end - v, kBlock);
-      for (int64_t k = 0; k < c.width; k += kDepth) {
-        const int64_t depth = least(c.width - k, kDepth);
-        pack_left(c.weight + v * c.width + k, c.width, count, depth, left);
-        Ahead next = k + depth < c.width
-                         ? Ahead{c.weight + v * c.width + k + depth, c.width, count, least(c.width - k - depth, kDepth)}
-                         : Ahead{c.weight + (v + kBlock) * c.width, c.width, least(end - v - kBlock, kBlock),
-                                 least(c.width, kDepth)};
-        for (int64_t n = 0; n < columns; n += kTileColumns)
-          for (int64_t m = 0; m < count; m += kTileRows, next.fetch(2))
-            tile<kLeftRow>(left + m * kLeftRow, 1, w.across + n * c.width + k * kTileColumns, depth,
-                           w.logits + (v + m) * w.stride + n, w.stride, k > 0);
-      }
-      measure_block(w.logits + v * w.stride, w.stride, count, columns, moments, w.chunk);
-    }
+    const auto measure = gradient ? measure_block<true> : measure_block<false>;
+    measure(logits, stride, end - v, columns, w.moments + b * kMoments * w.chunk, w.chunk);
   }
 }
 
@@ -189,25 +252,30 @@ void policy(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows
   sums.largest = stats[4] > sums.largest ? stats[4] : sums.largest;
 }
 
-// From the parts' moments: logp and entropy of the chunk's rows, then their loss and slope.
-void measure_rows(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, Sums& sums) {
+// From the blocks' moments: logp and entropy of the chunk's rows.
+void measure_rows(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows) {
+#pragma omp for schedule(static)
   for (int64_t i = 0; i < rows; i += kLanes) {
     Vec most = all(-1e30f), sum{}, tilt{};
-    for (int64_t p = 0; p < w.parts; ++p) most = larger(load(w.moments + p * kMoments * w.chunk + i), most);
-    for (int64_t p = 0; p < w.parts; ++p) {
-      const float* part = w.moments + p * kMoments * w.chunk + i;
-      const Vec shift = load(part) - most, keep = exp_nonpositive(shift), held = load(part + kSum * w.chunk);
+    for (int64_t b = 0; b < w.blocks; ++b) most = larger(load(w.moments + b * kMoments * w.chunk + i), most);
+    for (int64_t b = 0; b < w.blocks; ++b) {
+      const float* block = w.moments + b * kMoments * w.chunk + i;
+      const Vec shift = load(block) - most, keep = exp_nonpositive(shift), held = load(block + kSum * w.chunk);
       sum += keep * held;
-      tilt += keep * (load(part + kTilt * w.chunk) + held * shift);
+      tilt += keep * (load(block + kTilt * w.chunk) + held * shift);
     }
     for (int lane = 0; lane < kLanes && i + lane < rows; ++lane) {
       const int64_t row = order[i + lane];
       const float log_sum = std::log(sum[lane]);
       w.lse[i + lane] = most[lane] + log_sum;
-      w.logp[i + lane] = c.logp[row] = w.logits[c.targets[row] * w.stride + i + lane] - most[lane] - log_sum;
+      w.logp[i + lane] = c.logp[row] = w.chosen[i + lane] - most[lane] - log_sum;
       if (c.entropy) c.entropy[row] = log_sum - tilt[lane] / sum[lane];
     }
   }
+}
+
+// Their loss and slope.
+void slope_of_rows(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, Sums& sums) {
   if (c.loss == HeadCall::kGRPO) policy(c, w, order, rows, sums);
   for (int64_t i = 0; i < w.chunk; ++i) {
     const float slope = i >= rows || c.loss == HeadCall::kNoLoss ? 0.0f
@@ -218,16 +286,21 @@ void measure_rows(const HeadCall& c, const Work& w, const int64_t* order, int64_
   }
 }
 
-// `rows` rows of transposed logits, which begin at word `first`, become the gradient of sum(slope * logp).
+// A block of e^(z - m) becomes the gradient of sum(slope * logp).
 void differentiate_block(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, int64_t first,
-                         int64_t count) {
+                         int64_t count, const float* most) {
   float* block = w.logits + first * w.stride;
-  for (int64_t i = 0; i < round_up(rows, kRowStep); i += kLanes) {
-    const Vec lse = load(w.lse + i), push = -load(w.pull + i);
-    for (int64_t v = 0; v < count; ++v) {
-      float* z = block + v * w.stride + i;
-      store(z, push * exp_nonpositive(load(z) - lse));
+  for (int64_t i = 0; i < rows; i += kTileColumns) {
+    Vec push[2];
+    for (int j = 0; j < 2; ++j) {
+      const int64_t at = i + j * kLanes;
+      push[j] = -load(w.pull + at) * exp_nonpositive(load(most + at) - load(w.lse + at));
     }
+    for (int64_t v = 0; v < count; ++v)
+      for (int j = 0; j < 2; ++j) {
+        float* z = block + v * w.stride + i + j * kLanes;
+        store(z, push[j] * load(z));
+      }
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t word = c.targets[order[i]] - first;
@@ -235,59 +308,100 @@ void differentiate_block(const HeadCall& c, const Work& w, const int64_t* order,
   }
 }
 
-// The logits' gradient in place of the logits, and a chunk's part of d_weight.
+// A chunk's part of a block's d_weight, of `words` words from v on.
+void add_d_weight(const HeadCall& c, const Work& w, int64_t rows, int64_t v, int64_t words, bool add) {
+  const int64_t chain = ceil_div(rows, ceil_div(rows, kLongChain));  // all alike
+  for (int64_t k = 0; k < rows; k += chain) {
+    const int64_t depth = least(rows - k, chain), share = ceil_div(depth * kTileRows, words);
+    const float* left = w.logits + v * w.stride + k;
+    for (int64_t panel = 0; panel < w.panels; ++panel) {
+      const int64_t n = panel * kTileColumns;
+      const float* right = w.along + (panel * w.live_chunk + k) * kTileColumns;
+      Ahead soon{right + w.live_chunk * kTileColumns, kTileColumns, panel + 1 < w.panels ? depth : 0, kTileColumns};
+      for (int64_t m = 0; m < words; m += kTileRows, soon.fetch(share)) {
+        const bool last = m + kTileRows >= words;  // then the next tile is the next panel's first
+        const float* next = c.d_weight + (last ? v : v + m + kTileRows) * c.width + n + (last ? kTileColumns : 0);
+        fetch_tile(next, c.width);
+        float* out = c.d_weight + (v + m) * c.width + n;
+        const float *from = left + m * w.stride, *ahead = last ? left : from + kTileRows * w.stride;
+        if (words - m >= kTileRows && c.width - n >= kTileColumns) {
+          tile_along<kTileRows, 2>(from, w.stride, right, depth, out, c.width, add || k > 0, ahead);
+          continue;
+        }
+        alignas(64) float whole[kTileRows * kTileColumns];
+        tile_along<kTileRows, 2>(from, w.stride, right, depth, whole, kTileColumns, false);
+        add_part(whole, words - m, c.width - n, out, c.width, add || k > 0);
+      }
+    }
+  }
+}
+
+// The logits' gradient in place of what was kept of them, and a chunk's part of d_weight.
 void differentiate(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, bool add) {
 #pragma omp for schedule(static)
-  for (int64_t p = 0; p < w.parts; ++p) {
-    alignas(64) float left[kBlock * kLeftRow];
-    const int64_t end = least((p + 1) * w.part, c.vocabulary);
-    for (int64_t v = p * w.part; v < end; v += kBlock) {
-      const int64_t count = least(end - v, kBlock);
-      differentiate_block(c, w, order, rows, v, count);
-      for (int64_t k = 0; c.d_weight && k < rows; k += kDepth) {
-        const int64_t depth = least(rows - k, kDepth);
-        pack_left(w.logits + v * w.stride + k, w.stride, count, depth, left);
-        for (int64_t panel = 0; panel < w.panels; ++panel) {
-          const int64_t n = panel * kTileColumns;
-          for (int64_t m = 0; m < count; m += kTileRows) {
-            const bool last = m + kTileRows >= count;  // then the next tile is the next panel's first
-            float* next = c.d_weight + (last ? v : v + m + kTileRows) * c.width + n + (last ? kTileColumns : 0);
-            Ahead{next, c.width, add ? kTileRows : 0, kTileColumns}.fetch(kTileRows);
-            tile_part<kLeftRow>(left + m * kLeftRow, 1, w.along + (panel * w.chunk + k) * kTileColumns, depth,
-                                c.d_weight + (v + m) * c.width + n, c.width, add || k > 0, count - m, c.width - n);
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    const int64_t v = first_word(c, w, b), words = first_word(c, w, b + 1) - v;
+    differentiate_block(c, w, order, rows, v, words, w.moments + (b * kMoments + kMost) * w.chunk);
+    if (c.d_weight) add_d_weight(c, w, rows, v, words, add);
+  }
+}
+
+// Rows [first, last) of a chunk's d_hidden and panels [panel, panels) of the width, summed over the whole vocabulary.
+// What is packed next, of the weight and of the logits, is fetched meanwhile.
+void pull_block(const HeadCall& c, const Work& w, int64_t first, int64_t last, int64_t panel, int64_t panels) {
+  const int64_t width = w.panels * kTileColumns, rows = last - first, tiles = ceil_div(rows, kTileRows);
+  float* left = w.own + this_thread() * w.own_size;
+  float* packed = left + tiles * kTileRows * kDeep;
+  for (int64_t v = 0; v < c.vocabulary; v += kDeep) {
+    const int64_t depth = least(c.vocabulary - v, kDeep), deeper = least(c.vocabulary - v - depth, kDeep);
+    pack_rows_across(w.logits + v * w.stride + first, w.stride, rows, depth, left);
+    Ahead logits{w.logits + (v + depth) * w.stride + first, w.stride, deeper, rows};
+    const int64_t logits_share = ceil_div(deeper, tiles * (panels - panel));
+    for (int64_t p = panel, end; p < panels; p = end) {
+      end = least(p + kTogether, panels);
+      const int64_t column = p * kTileColumns;
+      pack_panels(c.weight + v * c.width + column, c.width, depth, least(c.width - column, (end - p) * kTileColumns),
+                  depth * kTileColumns, packed);
+      Ahead weight = end < panels ? Ahead{c.weight + v * c.width + end * kTileColumns, c.width, depth,
+                                          least(panels - end, kTogether) * kTileColumns}
+                                  : Ahead{c.weight + (v + depth) * c.width + panel * kTileColumns, c.width, deeper,
+                                          least(panels - panel, kTogether) * kTileColumns};
+      const int64_t weight_share = ceil_div(weight.rows, tiles * (end - p));
+      for (int64_t n = p; n < end; ++n) {
+        const float* right = packed + (n - p) * depth * kTileColumns;
+        float* out = w.d_hidden + first * width + n * kTileColumns;
+        for (int64_t m = 0; m < rows; m += kTileRows, out += kTileRows * width) {
+          if (m + 2 * kTileRows <= rows) fetch_tile(out + kTileRows * width, width);
+          if (rows - m >= kTileRows) {
+            tile<1>(left + m * depth, kTileRows, right, depth, out, width, v > 0);
+          } else {
+            alignas(64) float whole[kTileRows * kTileColumns];
+            tile<1>(left + m * depth, kTileRows, right, depth, whole, kTileColumns, false);
+            add_part(whole, rows - m, kTileColumns, out, width, v > 0);
           }
+          weight.fetch(weight_share);
+          logits.fetch(logits_share);
         }
       }
     }
   }
 }
 
-// A chunk's d_hidden: groups of kRowStep rows and kPanels panels of the width, each summed over the whole vocabulary.
+// A chunk's d_hidden. Every thread has panels of its own, so that the weight is read once; rows are shared out where
+// they are many, or the panels too few.
 void pull_back(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows) {
-  const int64_t width = w.panels * kTileColumns, across = ceil_div(w.panels, kPanels);
+  const int64_t threads = team_size(), width = w.panels * kTileColumns;
+  const int64_t groups = least(threads, ceil_div(w.panels, kTogether)), group = ceil_div(w.panels, groups);
+  const int64_t few = ceil_div(rows, kRowBlock), share = ceil_div(threads, groups);
+  const int64_t tiles = ceil_div(rows, kTileRows), wanted = least(few > share ? few : share, tiles);
+  const int64_t block = ceil_div(tiles, wanted) * kTileRows, blocks = ceil_div(rows, block);
 #pragma omp for schedule(static)
-  for (int64_t group = 0; group < across * ceil_div(rows, kRowStep); ++group) {
-    alignas(64) float right[kWeightRows * kTileColumns];
-    const int64_t first = group / across * kRowStep, last = least(first + kRowStep, rows);
-    const int64_t panel = group % across * kPanels, panels = least(panel + kPanels, w.panels);
-    const int64_t column = panel * kTileColumns;
-    for (int64_t v = 0; v < c.vocabulary; v += kWeightRows) {
-      const int64_t depth = least(c.vocabulary - v, kWeightRows);
-      for (int64_t n = column; n < panels * kTileColumns; n += kTileColumns) {
-        for (int64_t k = 0; k < depth; ++k)
-          pack_right(c.weight + (v + k) * c.width + n, c.width - n, right + k * kTileColumns);
-        const bool turn = n + kTileColumns == panels * kTileColumns;  // the next panel is the first, further down
-        Ahead weight{c.weight + (turn ? v + kWeightRows : v) * c.width + (turn ? column : n + kTileColumns), c.width,
-                     turn ? c.vocabulary - v - kWeightRows : depth, kTileColumns};
-        const int64_t share = (n - column) / kTileColumns * (kWeightRows / kPanels);
-        Ahead logits{w.logits + (v + kWeightRows + share) * w.stride + first, w.stride,
-                     least(c.vocabulary - v - kWeightRows - share, kWeightRows / kPanels), kRowStep};
-        for (int64_t m = first; m < last; m += kTileRows, weight.fetch(16), logits.fetch(4))
-          tile<1>(w.logits + v * w.stride + m, w.stride, right, depth, w.d_hidden + m * width + n, width, v > 0);
-      }
-    }
-    const int64_t end = least(panels * kTileColumns, c.width);
-    for (int64_t i = first; i < last; ++i)
+  for (int64_t t = 0; t < blocks * groups; ++t) {
+    const int64_t first = t / groups * block, last = least(first + block, rows);
+    const int64_t panel = t % groups * group, panels = least(panel + group, w.panels);
+    pull_block(c, w, first, last, panel, panels);
+    const int64_t column = panel * kTileColumns, end = least(panels * kTileColumns, c.width);
+    for (int64_t i = first; i < last && column < end; ++i)
       std::memcpy(c.d_hidden + order[i] * c.width + column, w.d_hidden + i * width + column,
                   (end - column) * sizeof(float));
   }
@@ -311,12 +425,13 @@ bool linear_head(const HeadCall& c) {
 #pragma omp parallel if (c.rows * c.vocabulary * c.width > 1 << 19)
   for (int64_t start = 0; start < c.rows;) {
     const bool gradient = start < w.live;
-    const int64_t end = gradient ? w.live : c.rows, rows = least(end - start, w.chunk);
+    const int64_t rows = gradient ? least(w.live - start, w.live_chunk) : least(c.rows - start, w.rest_chunk);
     const int64_t* order = w.order + start;
     pack_hidden(c, w, order, rows, gradient);
-    make_logits(c, w, rows);
+    make_logits(c, w, order, rows, gradient);
+    measure_rows(c, w, order, rows);
 #pragma omp single
-    measure_rows(c, w, order, rows, sums);
+    slope_of_rows(c, w, order, rows, sums);
     if (gradient) {
       differentiate(c, w, order, rows, start > 0);
       if (c.d_hidden) pull_back(c, w, order, rows);

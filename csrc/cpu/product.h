@@ -10,9 +10,7 @@ namespace R1_ISA {
 
 // 24 sums of 32 registers, or 12 of 16.
 constexpr int kTileRows = kLanes == 16 ? 12 : 6, kTileColumns = 2 * kLanes;
-constexpr int kDepth = 128;            // terms of a sum that are added up in registers: a panel in half of L1
-constexpr int kLeftRow = kDepth + 16;  // of a packed left factor; not a power of two: its rows share no cache sets
-constexpr int kBlock = 48;             // rows of a packed left factor
+constexpr int kBlock = 48;  // rows of the left factor that meet a panel in one go
 static_assert(kBlock % kTileRows == 0, "a block is whole tiles");
 
 // out[m][n] (+)= sum over k < depth of left[m * LEFT_ROW + k * step] * right[k * RIGHT_ROW + n], for a whole tile.
@@ -37,7 +35,7 @@ inline __attribute__((noinline)) void tile(const float* left, int64_t step, cons
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; ++m) {
-    float* to = out + m * out_row;  // sums of sums: the errors of 128 terms, not of all
+    float* to = out + m * out_row;  // sums of sums: the errors of a chain's terms, not of all
     store(to, add ? load(to) + sum[m][0] : sum[m][0]);
     store(to + kLanes, add ? load(to + kLanes) + sum[m][1] : sum[m][1]);
   }
@@ -50,19 +48,6 @@ inline void add_part(const float* whole, int64_t rows, int64_t columns, float* o
       float* to = out + m * out_row + n;
       *to = add ? *to + whole[m * kTileColumns + n] : whole[m * kTileColumns + n];
     }
-}
-
-// A tile of which only `rows` x `columns` are in memory.
-template <int LEFT_ROW>
-R1_INLINE void tile_part(const float* left, int64_t step, const float* right, int64_t depth, float* out,
-                         int64_t out_row, bool add, int64_t rows, int64_t columns) {
-  if (rows >= kTileRows && columns >= kTileColumns) {
-    tile<LEFT_ROW>(left, step, right, depth, out, out_row, add);
-    return;
-  }
-  alignas(64) float whole[kTileRows * kTileColumns];
-  tile<LEFT_ROW>(left, step, right, depth, whole, kTileColumns, false);
-  add_part(whole, rows, columns, out, out_row, add);
 }
 
 // A block of memory that will be needed next, asked for a few rows at a time between the tiles of this one. (Without it
@@ -121,13 +106,6 @@ inline __attribute__((noinline)) void tile_along(const float* left, int64_t row,
   }
 }
 
-// Up to kBlock rows of `depth` <= kDepth numbers, into rows kLeftRow apart; the rest of the last tile is zero.
-inline void pack_left(const float* from, int64_t row, int64_t rows, int64_t depth, float* to) {
-  int64_t m = 0;
-  for (; m < rows; ++m) std::memcpy(to + m * kLeftRow, from + m * row, depth * sizeof(float));
-  for (; m % kTileRows; ++m) std::memset(to + m * kLeftRow, 0, depth * sizeof(float));
-}
-
 // `columns` <= kTileColumns numbers of a row, into a row of a panel; the others are zero.
 R1_INLINE void pack_right(const float* from, int64_t columns, float* to) {
   if (columns >= kTileColumns) {
@@ -136,6 +114,34 @@ R1_INLINE void pack_right(const float* from, int64_t columns, float* to) {
     return;
   }
   for (int64_t n = 0; n < kTileColumns; ++n) to[n] = n < columns ? from[n] : 0.0f;
+}
+
+constexpr int64_t kSoon = 4;  // rows that are fetched before they are copied
+
+// `count` numbers that will be read soon.
+R1_INLINE void fetch(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
+}
+
+// `depth` rows of `columns` columns, into panels `apart` numbers from each other.
+inline void pack_panels(const float* from, int64_t row, int64_t depth, int64_t columns, int64_t apart, float* to) {
+  for (int64_t i = 0; i < depth; ++i, from += row) {
+    fetch(from + kSoon * row, columns);
+    for (int64_t c = 0; c < columns; c += kTileColumns)
+      pack_right(from + c, columns - c, to + c / kTileColumns * apart + i * kTileColumns);
+  }
+}
+
+// Rows that lie across memory, `depth` lines of `rows` numbers, as tiles [k][kTileRows], zeros below the last.
+inline void pack_rows_across(const float* from, int64_t row, int64_t rows, int64_t depth, float* to) {
+  for (int64_t i = 0; i < depth; ++i, from += row) {
+    fetch(from + kSoon * row, rows);
+    float* at = to + i * kTileRows;
+    int64_t first = 0;
+    for (; first + kTileRows <= rows; first += kTileRows, at += depth * kTileRows)
+      std::memcpy(at, from + first, kTileRows * sizeof(float));
+    for (int64_t j = 0; first < rows && j < kTileRows; ++j) at[j] = first + j < rows ? from[first + j] : 0.0f;
+  }
 }
 
 }  // namespace R1_ISA
