@@ -8,6 +8,7 @@ import ctypes
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,23 @@ extern "C" bool few(int pieces, const float* x, int64_t x_row, const float* w, c
                     int64_t n, float* out) {
   return matrix_tiles(pieces) && linear_tiles(x, x_row, w, bias, m, k, n, out);
 }
+extern "C" bool head(int pieces, const float* hidden, const float* weight, const int64_t* targets, const float* slopes,
+                     int64_t rows, int64_t width, int64_t words, float scale, float* logp, float* entropy,
+                     float* d_hidden, float* d_weight) {
+  r1::HeadCall call{};
+  call.hidden = hidden, call.weight = weight, call.targets = targets, call.slopes = slopes;
+  call.rows = rows, call.width = width, call.vocabulary = words, call.scale = scale;
+  call.loss = r1::HeadCall::kGivenSlope, call.logp = logp, call.entropy = entropy;
+  call.d_hidden = d_hidden, call.d_weight = d_weight;
+  return matrix_tiles(pieces) && linear_head(call);
+}
 """
+SOURCES = ("gemm_tiles", "linear_tiles", "linear_head", "grpo_loss")
 
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
-    """gemm and linear_tiles as a library of their own: a function (pieces, x [M, K], w, across_x, across_w, bias) -> y
-    that runs on the machine's tiles, or emulated where it has none."""
+    """What computes on matrix tiles, as a library of its own: on the machine's, or emulated where it has none."""
     if platform.machine() != "x86_64" or not shutil.which("g++"):
         pytest.skip("compiles for x86-64 with GCC")
     if native.cpu_unavailable() or native.cpu().isa == "generic":
@@ -48,11 +59,16 @@ def tiles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiles")
     (folder / "call.cpp").write_text(CALLS)
     real = native.cpu_unavailable() is None and native.cpu().has_matrix_tiles
-    flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-march=x86-64-v4"] if real else ["-DR1_EMULATED_TILES", "-mavx2", "-mfma", "-Wno-psabi"]
     flags += ["-DR1_ISA=generic", f"-I{ROOT / 'csrc'}"]
-    sources = [folder / "call.cpp", ROOT / "csrc/cpu/gemm_tiles.cpp", ROOT / "csrc/cpu/linear_tiles.cpp"]
-    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(folder / "tiles.so")], check=True)
+    sources = [folder / "call.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in SOURCES)]
+    with ThreadPoolExecutor(2) as pool:
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        pairs = zip(sources, objects, strict=True)
+        commands = [["g++", *flags, "-c", str(source), "-o", str(to)] for source, to in pairs]
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+    subprocess.run(["g++", "-shared", "-fopenmp", *map(str, objects), "-o", str(folder / "tiles.so")], check=True)
     return ctypes.CDLL(str(folder / "tiles.so"))
 
 
@@ -123,6 +139,26 @@ def test_what_is_not_finite_is_not_lost(tiles):
         for pieces in (1, 2, 3):
             found = product(tiles, pieces, x, torch.randn(40, 24))
             assert not found[3].isfinite().any() and found[torch.arange(20) != 3].isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize(("rows", "width", "words"), [(3, 20, 40), (70, 96, 130), (200, 40, 515), (33, 544, 700)])
+def test_the_head_on_tiles_is_the_head(tiles, precision, rows, width, words):
+    """Log-probabilities, entropies and both gradients against float64; rows of slope zero have none."""
+    hidden, weight = torch.randn(rows, width), torch.randn(words, width) * width**-0.5
+    targets, slopes = torch.randint(words, (rows,)), torch.randn(rows)
+    slopes[::5] = 0
+    found = [torch.full(shape, torch.nan) for shape in ((rows,), (rows,), (rows, width), (words, width))]
+    shape = (*sizes(rows, width, words), ctypes.c_float(0.5))
+    assert tiles.head(PIECES[precision], at(hidden), at(weight), at(targets), at(slopes), *shape, *map(at, found))
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logp = (0.5 * exact_hidden @ exact_weight.T).log_softmax(-1)
+    chosen = logp.gather(1, targets[:, None])[:, 0]
+    (chosen * slopes.double()).sum().backward()
+    wanted = chosen.detach(), -(logp.exp() * logp).sum(-1).detach(), exact_hidden.grad, exact_weight.grad
+    for value, right in zip(found, wanted, strict=True):
+        assert relative(value, right) < ERRORS[precision][1]
+    assert not found[2][::5].any()
 
 
 def test_the_layer_follows_torchs_precision():

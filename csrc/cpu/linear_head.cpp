@@ -7,6 +7,7 @@
 // Every number is summed by one thread in an order that no number of threads changes: the same bits for any.
 #include <cmath>
 
+#include "linear_head_tiles.h"
 #include "ops.h"
 #include "product.h"
 #include "scratch.h"
@@ -47,6 +48,7 @@ struct Work {
   float* moments;                  // [blocks][kMoments][chunk]
   float* own;                      // [threads][own_size]: what a thread packs and, without gradients, a block's logits
   int64_t own_size;
+  float* weight;                   // pieces of some words, for matrix tiles in the product for d_hidden
   float *lse, *pull, *chosen;      // [chunk]; pull: slope * scale; chosen: the target's logit
   float *logp, *old_logp, *ref_logp, *advantages, *weights, *loss, *slope;  // [chunk]: what grpo_loss reads and writes
   int64_t* order;                  // [rows]: those with a gradient first
@@ -65,16 +67,19 @@ int64_t chunk_rows(int64_t rows, int64_t most) {
   return rows ? round_up(ceil_div(rows, ceil_div(rows, most)), kTileColumns) : 0;
 }
 
+// Words that a tile has, or two matrix tiles.
+int64_t words_together() { return tile_pieces ? kWordBlock : kTileRows; }
+
 // Of up to kWords words; a small vocabulary has smaller ones, that threads have something to share out.
 int64_t count_blocks(int64_t vocabulary) {
   const bool small = vocabulary <= 16 * kWords;
   const int64_t wanted = small ? round_up(ceil_div(2 * vocabulary, kWords), 4) : round_up(ceil_div(vocabulary, kWords), 16);
-  return least(wanted, ceil_div(vocabulary, kTileRows));
+  return least(wanted, ceil_div(vocabulary, words_together()));
 }
 
 // The first word of a block: whole tiles, shared out evenly.
 int64_t first_word(const HeadCall& c, const Work& w, int64_t block) {
-  return least(ceil_div(c.vocabulary, kTileRows) * block / w.blocks * kTileRows, c.vocabulary);
+  return least(ceil_div(c.vocabulary, words_together()) * block / w.blocks * words_together(), c.vocabulary);
 }
 
 bool reserve(const HeadCall& c, Scratch& memory, Work& w) {
@@ -89,20 +94,22 @@ bool reserve(const HeadCall& c, Scratch& memory, Work& w) {
   w.panels = ceil_div(c.width, kTileColumns);
   const int64_t width = w.panels * kTileColumns;
   const int64_t making = kWords * (kWordRow + (w.rest_chunk ? w.rest_chunk + 16 : 0));
-  const int64_t pulling = (round_up(least(w.live_chunk, kRowBlock), kTileRows) + kTogether * kTileColumns) * kDeep;
+  const int64_t tiles = tile_pieces ? pulled_floats(w.live_chunk, most_threads()) : 0;
+  const int64_t pulling = tile_pieces ? tiles : (round_up(least(w.live_chunk, kRowBlock), kTileRows) + kTogether * kTileColumns) * kDeep;
   w.own_size = round_up(w.live_chunk && c.d_hidden && pulling > making ? pulling : making, 16);
-  const int64_t sizes[] = {w.live ? round_up(c.vocabulary, kTileRows) * w.stride : 0,
-                           w.chunk * c.width,
-                           w.live_chunk * width,
+  const int64_t sizes[] = {w.live ? round_up(c.vocabulary, words_together()) * w.stride : 0,
+                           tile_pieces ? across_floats(w.chunk, c.width) : w.chunk * c.width,
+                           tile_pieces ? along_floats(w.live_chunk, c.width) : w.live_chunk * width,
                            c.d_hidden ? w.live_chunk * width : 0,
                            w.blocks * kMoments * w.chunk,
-                           most_threads() * w.own_size};
+                           most_threads() * w.own_size,
+                           tile_pieces && c.d_hidden && w.live ? weight_floats(c.width) : 0};
   int64_t total = 10 * w.chunk + 2 * c.rows;
   for (const int64_t size : sizes) total += round_up(size, 16);
   if (!memory.reserve(total)) return false;
   float* next = memory.data();
-  float** arrays[] = {&w.logits, &w.across, &w.along, &w.d_hidden, &w.moments, &w.own};
-  for (int i = 0; i < 6; ++i) {
+  float** arrays[] = {&w.logits, &w.across, &w.along, &w.d_hidden, &w.moments, &w.own, &w.weight};
+  for (int i = 0; i < 7; ++i) {
     *arrays[i] = next;
     next += round_up(sizes[i], 16);
   }
@@ -136,6 +143,14 @@ void pack_across(const HeadCall& c, const int64_t* order, int64_t count, float* 
 
 // Both forms of a chunk's hidden states.
 void pack_hidden(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, bool gradient) {
+#ifdef R1_TILES
+  if (tile_pieces) {
+    by_pieces([&](auto p) {
+      pack_hidden_tiles<p.kCount>(c.hidden, order, rows, c.width, c.scale, w.across, gradient ? w.along : nullptr);
+    });
+    return;
+  }
+#endif
 #pragma omp for schedule(static) nowait
   for (int64_t n = 0; n < rows; n += kTileColumns)
     pack_across(c, order + n, least(rows - n, kTileColumns), w.across + n * c.width);
@@ -190,6 +205,16 @@ void pack_words(const float* from, int64_t row, int64_t count, int64_t depth, fl
 // `count` rows of the weight from word v on, times the chunk's hidden states.
 void make_block(const HeadCall& c, const Work& w, int64_t v, int64_t count, int64_t next_count, int64_t columns,
                 float* left, float* logits, int64_t stride) {
+#ifdef R1_TILES
+  if (tile_pieces) {
+    by_pieces([&](auto p) {
+      for (int64_t u = 0; u < count; u += kWordBlock)
+        logits_of<p.kCount>(c.weight + (v + u) * c.width, least(count - u, kWordBlock), c.width, w.across, columns,
+                            logits + u * stride, stride);
+    });
+    return;
+  }
+#endif
   for (int64_t k = 0; k < c.width; k += kDeep) {
     const int64_t depth = least(c.width - k, kDeep);
     pack_words(c.weight + v * c.width + k, c.width, count, depth, left);
@@ -310,6 +335,16 @@ void differentiate_block(const HeadCall& c, const Work& w, const int64_t* order,
 
 // A chunk's part of a block's d_weight, of `words` words from v on.
 void add_d_weight(const HeadCall& c, const Work& w, int64_t rows, int64_t v, int64_t words, bool add) {
+#ifdef R1_TILES
+  if (tile_pieces) {
+    by_pieces([&](auto p) {
+      for (int64_t u = 0; u < words; u += kWordBlock)
+        d_weight_of<p.kCount>(w.logits + (v + u) * w.stride, w.stride, least(words - u, kWordBlock), rows, w.along, c.width,
+                              c.d_weight + (v + u) * c.width, add);
+    });
+    return;
+  }
+#endif
   const int64_t chain = ceil_div(rows, ceil_div(rows, kLongChain));  // all alike
   for (int64_t k = 0; k < rows; k += chain) {
     const int64_t depth = least(rows - k, chain), share = ceil_div(depth * kTileRows, words);
@@ -391,6 +426,18 @@ void pull_block(const HeadCall& c, const Work& w, int64_t first, int64_t last, i
 // they are many, or the panels too few.
 void pull_back(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows) {
   const int64_t threads = team_size(), width = w.panels * kTileColumns;
+#ifdef R1_TILES
+  if (tile_pieces) {
+    by_pieces([&](auto p) {
+      d_hidden_of<p.kCount>(w.logits, w.stride, c.weight, c.vocabulary, rows, c.width, w.weight,
+                            w.own + this_thread() * w.own_size, threads, w.d_hidden, width);
+    });
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; ++i)
+      std::memcpy(c.d_hidden + order[i] * c.width, w.d_hidden + i * width, c.width * sizeof(float));
+    return;
+  }
+#endif
   const int64_t groups = least(threads, ceil_div(w.panels, kTogether)), group = ceil_div(w.panels, groups);
   const int64_t few = ceil_div(rows, kRowBlock), share = ceil_div(threads, groups);
   const int64_t tiles = ceil_div(rows, kTileRows), wanted = least(few > share ? few : share, tiles);
@@ -413,16 +460,8 @@ void zero_rows(const HeadCall& c, const Work& w) {
   if (c.d_weight && !w.live) std::memset(c.d_weight, 0, c.vocabulary * c.width * sizeof(float));
 }
 
-}  // namespace
-
-bool linear_head(const HeadCall& c) {
-  Scratch memory;
-  Work w;
-  Sums sums;
-  if (!reserve(c, memory, w)) return false;
-  put_in_order(c, w);
-  zero_rows(c, w);
-#pragma omp parallel if (c.rows * c.vocabulary * c.width > 1 << 19)
+// All chunks, by every thread of a team.
+void run(const HeadCall& c, const Work& w, Sums& sums) {
   for (int64_t start = 0; start < c.rows;) {
     const bool gradient = start < w.live;
     const int64_t rows = gradient ? least(w.live - start, w.live_chunk) : least(c.rows - start, w.rest_chunk);
@@ -438,6 +477,25 @@ bool linear_head(const HeadCall& c) {
     }
     start += rows;
   }
+}
+
+}  // namespace
+
+bool linear_head(const HeadCall& c) {
+  Scratch memory;
+  Work w;
+  Sums sums;
+  if (!reserve(c, memory, w)) return false;
+  put_in_order(c, w);
+  zero_rows(c, w);
+#pragma omp parallel if (c.rows * c.vocabulary * c.width > 1 << 19)
+  {
+#ifdef R1_TILES
+    const TileRegisters registers(tile_pieces > 0);
+#endif
+    run(c, w, sums);
+  }
+
   const double found[] = {sums.loss, sums.kl, sums.clipped, sums.ratio, sums.largest, sums.count};
   for (int i = 0; c.stats && i < 6; ++i) c.stats[i] = static_cast<float>(found[i]);
   return true;

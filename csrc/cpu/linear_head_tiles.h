@@ -20,6 +20,13 @@ inline int64_t across_floats(int64_t rows, int64_t width) {
 inline int64_t along_floats(int64_t rows, int64_t width) {
   return ceil_div(width, kTileSide) * ceil_div(rows, kTileTerms) * kMostPieces * kTileFloats;
 }
+// Of the rows that a thread has of a chunk's d_logits, as left factor.
+inline int64_t rows_of_thread(int64_t rows, int64_t threads) {
+  return round_up(ceil_div(ceil_div(rows, kTileSide), threads), 2) * kTileSide;
+}
+inline int64_t pulled_floats(int64_t rows, int64_t threads) {
+  return rows_of_thread(rows, threads) / kTileSide * kWordSteps * kMostPieces * kTileFloats;
+}
 inline int64_t weight_floats(int64_t width) {
   return ceil_div(width, kTileSide) * kWordSteps * kMostPieces * kTileFloats;
 }
@@ -34,7 +41,7 @@ void pack_hidden_tiles(const float* hidden, const int64_t* order, int64_t rows, 
   const int64_t steps = ceil_div(width, kTileTerms), row_steps = ceil_div(rows, kTileTerms);
   alignas(64) float block[kTileSide * kTileTerms];
 #pragma omp for schedule(static) nowait
-  for (int64_t t = 0; t < ceil_div(rows, kTileSide) * steps; ++t) {
+  for (int64_t t = 0; t < ceil_div(rows, 2 * kTileSide) * 2 * steps; ++t) {
     const int64_t first = t / steps * kTileSide, k = t % steps * kTileTerms;
     for (int64_t i = 0; i < kTileSide; ++i)
       for (int64_t j = 0; j < kTileTerms; j += kLanes) {
@@ -99,8 +106,7 @@ void d_weight_of(const float* d_logits, int64_t stride, int64_t count, int64_t r
 template <int PIECES>
 void d_hidden_of(const float* d_logits, int64_t stride, const float* weight, int64_t vocabulary, int64_t rows,
                  int64_t width, float* weight_pieces, float* left, int64_t threads, float* d_hidden, int64_t row) {
-  const int64_t panels = ceil_div(width, kTileSide), row_tiles = ceil_div(rows, kTileSide);
-  const int64_t group = round_up(ceil_div(row_tiles, threads), 2), groups = ceil_div(row_tiles, group);
+  const int64_t panels = ceil_div(width, kTileSide), group = rows_of_thread(rows, threads);
   const int64_t slab = kWordSteps * kTileTerms;
   for (int64_t v = 0; v < vocabulary; v += slab) {
     const int64_t words = least(vocabulary - v, slab), steps = ceil_div(words, kTileTerms);
@@ -112,8 +118,8 @@ void d_hidden_of(const float* d_logits, int64_t stride, const float* weight, int
                            weight_pieces + t * PIECES * kTileFloats);
     }
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = g * group * kTileSide, end = least(first + group * kTileSide, rows);
+    for (int64_t first = 0; first < rows; first += group) {
+      const int64_t end = least(first + group, rows);
       for (int64_t t = 0; t < ceil_div(end - first, kTileSide) * steps; ++t) {
         const int64_t m = first + t / steps * kTileSide, k = t % steps * kTileTerms;
         float* tile = left + t * PIECES * kTileFloats;

@@ -36,16 +36,22 @@ extern int tile_pieces;
 #ifdef R1_TILES
 
 #ifndef R1_EMULATED_TILES
-// Within its life the calling thread's tile registers can be used.
+// Within its life the calling thread's tile registers can be used, where they are wanted.
 class TileRegisters {
  public:
-  TileRegisters() {
+  explicit TileRegisters(bool wanted = true) : wanted_(wanted) {
+    if (!wanted) return;
     alignas(64) unsigned char settings[64] = {1};  // all eight: 16 rows of 64 bytes
     for (int i = 0; i < 8; ++i) settings[16 + 2 * i] = 64, settings[48 + i] = kTileSide;
     asm volatile("ldtilecfg %0" ::"m"(settings));
   }
-  ~TileRegisters() { asm volatile("tilerelease"); }
+  ~TileRegisters() {
+    if (wanted_) asm volatile("tilerelease");
+  }
   TileRegisters(const TileRegisters&) = delete;
+
+ private:
+  const bool wanted_;
 };
 
 // Registers 0 to 3 hold sums, 4 and 5 tiles of the left factor, 6 and 7 of the right one.
@@ -68,7 +74,9 @@ R1_INLINE void tile_multiply() {
 
 #else  // for tests on machines without: what the instructions do, as the manual says it
 
-class TileRegisters {};
+struct TileRegisters {
+  explicit TileRegisters(bool = true) {}
+};
 inline thread_local float tile_registers[8][kTileFloats];
 template <int REGISTER>
 inline void tile_load(const float* from, int64_t row = kTileSide) {
@@ -254,6 +262,17 @@ inline void tiles_into(int64_t high, int64_t wide, const float* left, int64_t ne
   for (int64_t i = 0; add && i < high; ++i) std::memcpy(whole + i * kRow, out + i * row, wide * sizeof(float));
   tiles_of<PIECES, MIRRORED>(lefts, rights, left, next_left, right, next_right, steps, whole, kRow, add);
   for (int64_t i = 0; i < high; ++i) std::memcpy(out + i * row, whole + i * kRow, wide * sizeof(float));
+}
+
+template <int PIECES>
+struct Pieces {
+  static constexpr int kCount = PIECES;
+};
+
+// Calls `run` with Pieces<tile_pieces>.
+template <typename Run>
+R1_INLINE auto by_pieces(const Run& run) {
+  return tile_pieces == 1 ? run(Pieces<1>{}) : tile_pieces == 2 ? run(Pieces<2>{}) : run(Pieces<3>{});
 }
 
 #endif
