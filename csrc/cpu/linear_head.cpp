@@ -18,13 +18,14 @@ namespace R1_ISA {
 
 namespace {
 
-constexpr int64_t kLeastRows = 256;   // of a chunk with gradients: fewer make d_weight's passage through memory dear
+constexpr int64_t kLeastRows = 192;   // of a chunk with gradients: fewer make d_weight's passage through memory dear;
+                                      // 256 take more than a tenth of plain torch's memory at 8192 words
 constexpr int64_t kScoredRows = 384;  // of one without: a block's logits lie in half of L2
 constexpr int64_t kWords = 96;        // of the vocabulary, at most, that are made and measured in one go
-// Terms of a chain over width or vocabulary: a panel in a third of L1, with a tile of the left factor and the next. (256
-// of 16 lanes fill two thirds of 48 KiB: the loss of 4096 x 512 x 8192 then took 1.2 times as long.)
+// Terms of a chain over width or vocabulary: a panel in half of L1, or a third of 48 KiB, where 256 terms of 16 lanes
+// left no room for a tile of the left factor and the next.
 constexpr int64_t kDeep = kLanes == 16 ? 128 : 256;
-constexpr int64_t kLongChain = kLanes == 16 ? 144 : 288;  // and over rows: each chain is a passage over d_weight
+constexpr int64_t kLongChain = kLanes == 16 ? 192 : 288;  // and over rows: each is a passage over d_weight
 constexpr int64_t kWordRow = kDeep + 16;  // of a packed block; not a power of two: its rows share no cache sets
 constexpr int64_t kRowBlock = 240;    // rows of a task of d_hidden: with kDeep words, half of L2
 constexpr int64_t kTogether = 8;      // panels of the weight that are packed in one go
@@ -73,7 +74,8 @@ int64_t words_together() { return tile_pieces ? kWordBlock : kTileRows; }
 // Of up to kWords words; a small vocabulary has smaller ones, that threads have something to share out.
 int64_t count_blocks(int64_t vocabulary) {
   const bool small = vocabulary <= 16 * kWords;
-  const int64_t wanted = small ? round_up(ceil_div(2 * vocabulary, kWords), 4) : round_up(ceil_div(vocabulary, kWords), 16);
+  const int64_t wanted =
+      small ? round_up(ceil_div(2 * vocabulary, kWords), 4) : round_up(ceil_div(vocabulary, kWords), 16);
   return least(wanted, ceil_div(vocabulary, words_together()));
 }
 
@@ -161,8 +163,8 @@ void pack_hidden(const HeadCall& c, const Work& w, const int64_t* order, int64_t
                  w.along + (panel * w.live_chunk + i) * kTileColumns);
 }
 
-// The moments of `columns` columns of a block of transposed logits; e^(z - m) in place of z where it is kept. Two vectors
-// at a time: a line of the cache (or two), and sums that need not wait for each other.
+// The moments of `columns` columns of a block of transposed logits; e^(z - m) in place of z where it is kept. Two
+// vectors at a time: a line of the cache (or two), and sums that need not wait for each other.
 template <bool KEEP>
 void measure_block(float* logits, int64_t stride, int64_t count, int64_t columns, float* moments, int64_t chunk) {
   for (int64_t c = 0; c < columns; c += kTileColumns) {
