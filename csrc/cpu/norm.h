@@ -13,12 +13,16 @@ R1_INLINE float inverse_rms(Vec squares, int64_t width, float eps) {
   return 1.0f / sqrtf(fma(sum_of(squares), 1.0f / static_cast<float>(width), eps));
 }
 
-// The gradient of a norm's weight, from the sums of `parts` parts of the rows, `stride` apart: in double, in their order.
+// The gradient of a norm's weight, from the sums of `parts` parts of the rows, `stride` apart: double, in their order.
+// Some columns at a time: of one alone, each addition waits for the one before.
 inline void add_parts(const float* sums, int64_t parts, int64_t stride, int64_t width, float* d_weight) {
-  for (int64_t d = 0; d < width; ++d) {
-    double sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += sums[p * stride + d];
-    d_weight[d] = static_cast<float>(sum);
+  constexpr int64_t kColumns = 32;
+  for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t count = width - first < kColumns ? width - first : kColumns;
+    double found[kColumns] = {};
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t i = 0; i < count; ++i) found[i] += sums[p * stride + first + i];
+    for (int64_t i = 0; i < count; ++i) d_weight[first + i] = static_cast<float>(found[i]);
   }
 }
 

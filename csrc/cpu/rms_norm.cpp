@@ -1,7 +1,8 @@
 // RMSNorm with an optional residual sum, forward and backward. See kernels/rms_norm.py for the contract.
 //
 // Rows go four at a time: a row's sum across lanes is a chain of waits, and QK-norm has many rows of one vector; four
-// also share each load of the weight and of its gradient's sum.
+// also share each load of the weight and of its gradient's sum. Backward, wide rows go one by one, 1.3 to 1.5 times as
+// fast: a row is read twice, and four do not stay in L1.
 // The weight's gradient is summed in two stages whose parts depend on the number of rows alone: fp32 within a part,
 // double over the parts in order. So any number of threads gives the same bits.
 #include "norm.h"
@@ -13,6 +14,7 @@ namespace R1_ISA {
 namespace {
 
 constexpr int64_t kTogether = 4;
+constexpr int64_t kWide = 128;        // columns
 constexpr int64_t kSerial = 1 << 16;  // elements under which threads cost more than they give
 constexpr int64_t kPartRows = 64;     // at least; and at most kParts parts
 constexpr int64_t kParts = 256;
@@ -50,6 +52,13 @@ void forward_rows(Strided x, int64_t inner, const float* residual, const float* 
 
 // With s the normalised rows, c = 1 / rms(s) and g = d_y * weight:  d_s = c * (g - s * c^2 * mean(g * s)) + d_total,
 // and the rows' share of d_weight = sum of d_y * s * c is added to `part`.
+R1_INLINE float shift_of(Vec dots, float c, int64_t width) {
+  return c * c * c * sum_of(dots) / static_cast<float>(width);
+}
+R1_INLINE Vec gradient_of(Vec value, Vec scaled, Vec weight, float shift) {
+  return fma(scaled, weight, -(value * shift));
+}
+
 template <int64_t R>
 void backward_rows(Strided s, int64_t inner, const float* weight, const float* scale, const float* d_y,
                    const float* d_total, int64_t first, int64_t width, float* d_x, float* part) {
@@ -62,22 +71,57 @@ void backward_rows(Strided s, int64_t inner, const float* weight, const float* s
     for (int64_t r = 0; r < R; ++r)
       dots[r] = fma(load(d_y + (first + r) * width + d, width - d) * w, load(from[r] + d, width - d), dots[r]);
   }
-  for (int64_t r = 0; r < R; ++r) {
-    const float c = scale[first + r];
-    shift[r] = c * c * c * sum_of(dots[r]) / static_cast<float>(width);
-  }
+  for (int64_t r = 0; r < R; ++r) shift[r] = shift_of(dots[r], scale[first + r], width);
   for (int64_t d = 0; d < width; d += kLanes) {
     const Vec w = load(weight + d, width - d);
     Vec share{};
     for (int64_t r = 0; r < R; ++r) {
       const int64_t at = (first + r) * width + d;
       const Vec value = load(from[r] + d, width - d), scaled = load(d_y + at, width - d) * scale[first + r];
-      Vec gradient = fma(scaled, w, -(value * shift[r]));
+      Vec gradient = gradient_of(value, scaled, w, shift[r]);
       if (d_total) gradient += load(d_total + at, width - d);
       store(d_x + at, gradient, width - d);
       share = fma(scaled, value, share);
     }
     store(part + d, load(part + d, width - d) + share, width - d);
+  }
+}
+
+// One row of kWide columns or more. The first pass reads and the second writes; so that memory does neither alone, the
+// first fetches the lines that will be written, and the second what the next row reads, where there is one (`after`).
+void backward_row(Strided s, int64_t inner, const float* weight, const float* scale, const float* d_y,
+                  const float* d_total, int64_t i, bool after, int64_t width, float* d_x, float* part) {
+  const float *from = row_at(s, inner, i), *next = row_at(s, inner, i + after), c = scale[i];
+  const int64_t step = after ? width : 0;
+  constexpr int64_t kVectors = kLine / kLanes;
+  d_y += i * width, d_x += i * width;
+  if (d_total) d_total += i * width;
+  Vec dots[kVectors] = {};
+  for (int64_t line = 0; line < width; line += kLine) {
+    __builtin_prefetch(d_x + line, 1);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t d = line + v * kLanes;
+      if (d < width)
+        dots[v] = fma(load(d_y + d, width - d) * load(weight + d, width - d), load(from + d, width - d), dots[v]);
+    }
+  }
+  for (int64_t v = 1; v < kVectors; ++v) dots[0] += dots[v];
+  const float shift = shift_of(dots[0], c, width);
+  for (int64_t line = 0; line < width; line += kLine) {
+    __builtin_prefetch(next + line);
+    __builtin_prefetch(d_y + step + line);
+    if (d_total) __builtin_prefetch(d_total + step + line);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t d = line + v * kLanes;
+      if (d >= width) break;
+      const Vec value = load(from + d, width - d), scaled = load(d_y + d, width - d) * c;
+      Vec gradient = gradient_of(value, scaled, load(weight + d, width - d), shift);
+      if (d_total) gradient += load(d_total + d, width - d);
+      store(d_x + d, gradient, width - d);
+      store(part + d, fma(scaled, value, load(part + d, width - d)), width - d);
+    }
   }
 }
 
@@ -108,6 +152,8 @@ bool rms_norm_backward(Strided s, int64_t rows, int64_t inner, int64_t width, co
   for (int64_t p = 0; p < parts; ++p) {
     const int64_t end = (p + 1) * part_rows < rows ? (p + 1) * part_rows : rows;
     int64_t i = p * part_rows;
+    for (; width >= kWide && i < end; ++i)
+      backward_row(s, inner, weight, scale, d_y, d_total, i, i + 1 < rows, width, d_x, sums + p * width);
     for (; i + kTogether <= end; i += kTogether)
       backward_rows<kTogether>(s, inner, weight, scale, d_y, d_total, i, width, d_x, sums + p * width);
     for (; i < end; ++i) backward_rows<1>(s, inner, weight, scale, d_y, d_total, i, width, d_x, sums + p * width);
