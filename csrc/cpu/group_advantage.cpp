@@ -106,7 +106,7 @@ R1_INLINE Spread known_spread(const float* r, Doubles* deviations) {
   return {mean, total<VECTORS>(sums)};
 }
 
-// The last vector of a group of any size ends where the group ends, and so perhaps begins in the one before: its own lanes.
+// The last vector of a group of any size ends where the group ends and may begin in the one before: its own lanes.
 R1_INLINE Numbers own_lanes(int64_t size) { return double_lanes() >= (kDoubles - size % kDoubles) % kDoubles; }
 
 Spread any_spread(const float* r, int64_t size) {

@@ -7,6 +7,7 @@ namespace R1_ISA {
 namespace {
 
 constexpr int64_t kSerial = 1 << 15;  // outputs under which threads cost more than they give
+constexpr int64_t kAhead = 256;       // floats: the chain of an exponential leaves too few loads under way to fill memory
 
 }  // namespace
 
@@ -15,6 +16,11 @@ void swiglu_forward(const float* gate_up, int64_t row, int64_t rows, int64_t wid
   for (int64_t i = 0; i < rows; ++i) {
     const float *gate = gate_up + i * row, *up = gate + width;
     for (int64_t d = 0; d < width; d += kLanes) {
+      if (d % kLine == 0) {  // past the end of a row too, where the next one is
+        __builtin_prefetch(gate + d + kAhead);
+        __builtin_prefetch(up + d + kAhead);
+        __builtin_prefetch(out + i * width + d + kAhead, 1);
+      }
       const Vec g = load(gate + d, width - d);
       store(out + i * width + d, g * sigmoid(g) * load(up + d, width - d), width - d);
     }
