@@ -197,6 +197,8 @@ def _draw_truncated(
         inverse = 1.0 / t
         _maxima, mass, top = _tile_masses(maxima, sums, row, tiles, inverse, TILES)
         total = tl.sum(mass, 0)
+        # Only the logarithm lives on: with the sum in double, registers were spilled. NaN where a logit is not finite.
+        log_total = tl.log(total.to(tl.float32)) + (total - total).to(tl.float32)
         own = logits + row * width
         most = tl.where((k > 0) & (k < width), k, width)
         share = tl.where(p < 1.0, p.to(tl.float64) * total, float("inf")).to(tl.float64)
@@ -204,28 +206,27 @@ def _draw_truncated(
             none = tl.full([], float("inf"), tl.float64)
             share = p.to(tl.float64) * _cut(own, width, top, inverse, most, none, BLOCK, WAYS)[2]
         least, ties, kept = _cut(own, width, top, inverse, most, share, BLOCK, WAYS)
-        block = tl.arange(0, BLOCKS)  # what is kept of each, and the ties before it
+        log_kept = tl.log(kept.to(tl.float32)) + (log_total - log_total)
+        block = tl.arange(0, BLOCKS)  # what is kept of each, and the ties that are left for it
         mass = tl.zeros([BLOCKS], tl.float64)
-        before = tl.zeros([BLOCKS], tl.int32)
-        seen = tl.full([], 0, tl.int32)
+        left = tl.zeros([BLOCKS], tl.int32)
         for start in range(0, width, BLOCK):
-            held, equal = _held(own, start, width, top, inverse, least, ties - seen, BLOCK)
+            held, equal = _held(own, start, width, top, inverse, least, ties, BLOCK)
             mass = tl.where(block == start // BLOCK, tl.sum(held, 0), mass)
-            before = tl.where(block == start // BLOCK, seen, before)
-            seen += equal
+            left = tl.where(block == start // BLOCK, ties, left)
+            ties -= equal
         zero = tl.full([], 0, tl.int32)
         start, half, halving = _halve(
             block * BLOCK, mass, zero, zero + HALF, BLOCK, zero, seed, sequence, position, row
         )
-        seen = tl.sum(tl.where(block == start // BLOCK, before, 0), 0)
-        held, _equal = _held(own, start, width, top, inverse, least, ties - seen, BLOCK)
+        ties = tl.sum(tl.where(block == start // BLOCK, left, 0), 0)
+        held, _equal = _held(own, start, width, top, inverse, least, ties, BLOCK)
         place = start + tl.arange(0, BLOCK)
         found, _half, _halving = _halve(place, held, start, half, 1, halving, seed, sequence, position, row)
         value = (tl.load(own + found).to(tl.float32) - top) * inverse
-        value += (total - total).to(tl.float32)  # NaN where a logit is NaN or infinite
         tl.store(token + row, found.to(tl.int64))
-        tl.store(logprob + row, value - tl.log(kept.to(tl.float32)))
-        tl.store(full + row, value - tl.log(total.to(tl.float32)))
+        tl.store(logprob + row, value - log_kept)
+        tl.store(full + row, value - log_total)
 
 
 def supports(logits, *rest) -> str | None:
