@@ -32,19 +32,19 @@ constexpr int64_t kSerial = 1 << 18;
 template <int PIECES>
 void pack_left_tile(const Factor& f, int64_t m, int64_t rows, int64_t k, int64_t terms, float* to) {
   if (f.across) {
-    split_across<PIECES>(f.from + k * f.row + m, f.row, terms, rows, to);
+    split_across<PIECES>(f.from + k * f.row + m, f.row, terms, rows, to, rows > kTileSide ? kTileSide : 0);
     turn<PIECES>(to);
   } else {
-    split_along<PIECES>(f.from + m * f.row + k, f.row, rows, terms, to);
+    split_along<PIECES>(f.from + m * f.row + k, f.row, rows, terms, to, rows > kTileSide ? kTileSide * f.row : 0);
   }
 }
 template <int PIECES>
 void pack_right_tile(const Factor& f, int64_t n, int64_t columns, int64_t k, int64_t terms, float* to) {
   if (f.across) {
-    split_along<PIECES>(f.from + n * f.row + k, f.row, columns, terms, to);
+    split_along<PIECES>(f.from + n * f.row + k, f.row, columns, terms, to, columns > kTileSide ? kTileSide * f.row : 0);
     turn<PIECES>(to);
   } else {
-    split_across<PIECES>(f.from + k * f.row + n, f.row, terms, columns, to);
+    split_across<PIECES>(f.from + k * f.row + n, f.row, terms, columns, to, columns > kTileSide ? kTileSide : 0);
   }
 }
 
@@ -113,7 +113,7 @@ bool product(const Product& p) {
           const int64_t m = t / c.groups * c.block * kTileSide, rows = least(p.rows - m, c.block * kTileSide);
           for (int64_t i = 0; i < ceil_div(rows, kTileSide) * steps; ++i) {
             const int64_t at = i / steps * kTileSide, from = i % steps * kTileTerms;
-            pack_left_tile<PIECES>(p.left, m + at, least(rows - at, kTileSide), k + from, depth - from,
+            pack_left_tile<PIECES>(p.left, m + at, rows - at, k + from, depth - from,
                                    left.data() + i * PIECES * kTileFloats);
           }
           const int64_t first = t % c.groups * c.group, n = (column + first) * kTileSide;

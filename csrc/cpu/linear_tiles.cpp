@@ -37,9 +37,11 @@ void store_columns(const float* sums, const float* bias, const Sizes& s, int64_t
   }
 }
 
-// `count` <= 32 outputs for all rows, whose tiles lie [panel][step][piece].
+// `count` <= 32 outputs for all rows, whose tiles lie [panel][step][piece]. more: outputs behind them that this thread
+// goes on with.
 template <int PIECES>
-void outputs_of(const float* panels, const float* weight, const float* bias, int64_t count, const Sizes& s, float* y) {
+void outputs_of(const float* panels, const float* weight, const float* bias, int64_t count, int64_t more, const Sizes& s,
+                float* y) {
   alignas(64) float left[2 * kSteps * PIECES * kTileFloats];
   alignas(64) float sums[2 * kTileSide * kMostRows];
   const int64_t lefts = count > kTileSide ? 2 : 1, next = s.steps * PIECES * kTileFloats;
@@ -50,10 +52,15 @@ void outputs_of(const float* panels, const float* weight, const float* bias, int
       split_along<PIECES>(weight + n * s.width + k, s.width, least(count - n, kTileSide), s.width - k,
                           left + i * PIECES * kTileFloats);
     }
+    const int64_t deeper = (step + steps) * kTileTerms, left_over = s.width - deeper;
+    Ahead soon = left_over > 0 ? Ahead{weight + deeper, s.width, count, least(left_over, kSteps * kTileTerms)}
+                               : Ahead{weight + count * s.width, s.width, least(more, 2 * kTileSide),
+                                       least(s.width, kSteps * kTileTerms)};
+    const int64_t share = ceil_div(2 * kTileSide, ceil_div(s.panels, 2) * steps);
     for (int64_t panel = 0; panel < s.panels; panel += 2)
       tiles_of<PIECES, true>(lefts, s.panels - panel > 1 ? 2 : 1, left, steps * PIECES * kTileFloats,
                              panels + panel * next + step * PIECES * kTileFloats, next, steps, sums + panel * kTileSide,
-                             kMostRows, step > 0);
+                             kMostRows, step > 0, &soon, share);
   }
   store_columns(sums, bias, s, count, y);
 }
@@ -63,6 +70,7 @@ bool linear(const float* x, int64_t x_row, const float* weight, const float* bia
   Scratch panels;
   if (!panels.reserve(s.panels * s.steps * PIECES * kTileFloats)) return false;
   const bool threads = s.rows * s.width * s.outputs > kSerial;
+  const int64_t part = round_up(ceil_div(s.outputs, threads ? most_threads() : 1), 2 * kTileSide);  // of a thread
 #pragma omp parallel if (threads)
   {
     const TileRegisters registers;
@@ -74,9 +82,10 @@ bool linear(const float* x, int64_t x_row, const float* weight, const float* bia
       turn<PIECES>(tile);
     }
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < s.outputs; n += 2 * kTileSide)
-      outputs_of<PIECES>(panels.data(), weight + n * s.width, bias ? bias + n : nullptr,
-                         least(s.outputs - n, 2 * kTileSide), s, y + n);
+    for (int64_t first = 0; first < s.outputs; first += part)
+      for (int64_t n = first, end = least(first + part, s.outputs); n < end; n += 2 * kTileSide)
+        outputs_of<PIECES>(panels.data(), weight + n * s.width, bias ? bias + n : nullptr, least(end - n, 2 * kTileSide),
+                           end - n - 2 * kTileSide, s, y + n);
   }
   return true;
 }

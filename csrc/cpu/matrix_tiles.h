@@ -16,6 +16,7 @@
 #pragma once
 
 #include "ops.h"
+#include "product.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -134,11 +135,15 @@ R1_INLINE void split(Vec a, Vec b, Vec* out) {
 }
 
 // A tile of a factor whose terms lie along memory: `rows` rows, `row` apart, of `terms` numbers; zeros beyond. Written
-// piece by piece.
+// piece by piece. ahead: how far behind lies what is taken next, which is fetched meanwhile.
 template <int PIECES>
-inline void split_along(const float* from, int64_t row, int64_t rows, int64_t terms, float* to) {
+inline void split_along(const float* from, int64_t row, int64_t rows, int64_t terms, float* to, int64_t ahead = 0) {
   for (int64_t i = 0; i < kTileSide; ++i) {
     Vec found[PIECES] = {};
+    if (ahead) {
+      __builtin_prefetch(from + i * row + ahead);
+      __builtin_prefetch(from + i * row + ahead + kLanes);
+    }
     if (i < rows) {
       const float* at = from + i * row;
       if (terms >= kTileTerms)
@@ -153,9 +158,13 @@ inline void split_along(const float* from, int64_t row, int64_t rows, int64_t te
 
 // A tile of a factor whose terms lie across memory: `terms` lines, `row` apart, of `columns` numbers; zeros beyond.
 template <int PIECES>
-inline void split_across(const float* from, int64_t row, int64_t terms, int64_t columns, float* to) {
+inline void split_across(const float* from, int64_t row, int64_t terms, int64_t columns, float* to, int64_t ahead = 0) {
   for (int64_t i = 0; i < kTileSide; ++i) {
     const float *first = from + i * row, *second = from + (i + kTileSide) * row;
+    if (ahead) {
+      __builtin_prefetch(first + ahead);
+      __builtin_prefetch(second + ahead);
+    }
     const Vec a = i < terms ? load(first, columns) : Vec{}, b = i + kTileSide < terms ? load(second, columns) : Vec{};
     Vec found[PIECES];
     split<PIECES>(a, b, found);
@@ -187,13 +196,16 @@ R1_INLINE void multiply_all() {
 // Adds `steps` times 32 terms to the sums of LEFTS x RIGHTS tiles. Each factor's tiles lie [step][piece], the second one's
 // `next` floats behind the first. The order of the pieces' products is that of a walk in which each step changes one side;
 // MIRRORED: the same order where left and right have changed places, and so the same bits.
+// meanwhile: what is fetched for later, `share` rows of it a step.
 template <int PIECES, int LEFTS, int RIGHTS, bool MIRRORED>
-inline void add_terms(const float* left, int64_t next_left, const float* right, int64_t next_right, int64_t steps) {
+inline void add_terms(const float* left, int64_t next_left, const float* right, int64_t next_right, int64_t steps,
+                      Ahead* meanwhile, int64_t share) {
   // Of left and right; the smallest first, but for the walk.
   constexpr int kWalk3[6][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}}, kWalk2[3][2] = {{1, 0}, {0, 0}, {0, 1}};
   constexpr int kProducts = PIECES * (PIECES + 1) / 2;
   for (int64_t s = 0; s < steps; ++s, left += PIECES * kTileFloats, right += PIECES * kTileFloats) {
     int l = -1, r = -1;
+    if (meanwhile) meanwhile->fetch(share);
 #pragma GCC unroll 6
     for (int i = 0; i < kProducts; ++i) {
       const int x = PIECES == 3 ? kWalk3[i][0] : PIECES == 2 ? kWalk2[i % 3][0] : 0;
@@ -216,7 +228,7 @@ inline void add_terms(const float* left, int64_t next_left, const float* right, 
 // The same from sums in memory, or from zero, and back: rows of `row` floats.
 template <int PIECES, int LEFTS, int RIGHTS, bool MIRRORED>
 inline void tiles(const float* left, int64_t next_left, const float* right, int64_t next_right, int64_t steps, float* out,
-                  int64_t row, bool add) {
+                  int64_t row, bool add, Ahead* meanwhile, int64_t share) {
   float* below = out + kTileSide * row;
   if (add) {
     tile_load<0>(out, row);
@@ -231,7 +243,7 @@ inline void tiles(const float* left, int64_t next_left, const float* right, int6
     for (int64_t i = 0; i < LEFTS * kTileSide; ++i)
       for (int j = 0; j < RIGHTS; ++j) __builtin_prefetch(out + i * row + j * kTileSide, 1);
   }
-  add_terms<PIECES, LEFTS, RIGHTS, MIRRORED>(left, next_left, right, next_right, steps);
+  add_terms<PIECES, LEFTS, RIGHTS, MIRRORED>(left, next_left, right, next_right, steps, meanwhile, share);
   tile_store<0>(out, row);
   if (RIGHTS > 1) tile_store<1>(out + kTileSide, row);
   if (LEFTS > 1) tile_store<2>(below, row);
@@ -241,11 +253,12 @@ inline void tiles(const float* left, int64_t next_left, const float* right, int6
 // For 1 or 2 tiles of each side.
 template <int PIECES, bool MIRRORED>
 R1_INLINE void tiles_of(int64_t lefts, int64_t rights, const float* left, int64_t next_left, const float* right,
-                        int64_t next_right, int64_t steps, float* out, int64_t row, bool add) {
+                        int64_t next_right, int64_t steps, float* out, int64_t row, bool add,
+                        Ahead* meanwhile = nullptr, int64_t share = 0) {
   const auto run = lefts > 1 ? rights > 1 ? tiles<PIECES, 2, 2, MIRRORED> : tiles<PIECES, 2, 1, MIRRORED>
                    : rights > 1 ? tiles<PIECES, 1, 2, MIRRORED>
                                 : tiles<PIECES, 1, 1, MIRRORED>;
-  run(left, next_left, right, next_right, steps, out, row, add);
+  run(left, next_left, right, next_right, steps, out, row, add, meanwhile, share);
 }
 
 // Sums of which only `high` x `wide` <= 32 x 32 are in memory.

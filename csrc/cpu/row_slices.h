@@ -3,6 +3,7 @@
 // them on one thread.)
 #pragma once
 
+#include "matrix_tiles.h"
 #include "ops.h"
 #include "scratch.h"
 #include "threads.h"
@@ -40,7 +41,7 @@ inline Slices slices_of(const DecoderCall& c, int64_t steps) {
   Slices found;
   found.first[1] = c.rows;
   const int64_t count = most_threads();
-  if (count < 2 || count > Slices::kMost || c.rows < count * Slices::kLeastRows || c.starts) return found;
+  if (tile_pieces || count < 2 || count > Slices::kMost || c.rows < count * Slices::kLeastRows || c.starts) return found;
   for (int64_t row = 0; row < c.rows; ++row)  // it writes where its context ends, as the check of `apart` assumes
     if (c.contexts[row] < 1 || c.contexts[row] > c.columns * c.block ||
         c.slots[row] != c.tables[row * c.table_row + (c.contexts[row] - 1) / c.block] * c.block +
