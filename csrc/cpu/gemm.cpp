@@ -134,6 +134,7 @@ void block_of(const Product& p, int64_t m, int64_t rows, int64_t n, int64_t k, i
 }  // namespace
 
 bool gemm(const Product& p) {
+  if (!p.rows || !p.columns) return true;
   if (tile_pieces) return gemm_tiles(p);
   // A slab is what is packed at a time: some columns with all their terms, or with the first so many.
   const int64_t deep = p.depth <= 16 * p.chain ? p.depth : 8 * p.chain;

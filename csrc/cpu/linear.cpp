@@ -170,11 +170,12 @@ void bias_of(const float* d_y, int64_t d_row, int64_t rows, int64_t columns, flo
 bool linear_forward(const float* x, int64_t x_row, const float* weight, const float* bias, int64_t rows, int64_t width,
                     int64_t outputs, float* y) {
   const Sizes s{rows, width, outputs};
+  if (!rows) return true;
   if (tile_pieces && rows <= kMany) return linear_tiles(x, x_row, weight, bias, rows, width, outputs, y);
   if (rows <= kFew) {
     const auto few = rows == 1 ? few_of<1> : rows == 2 ? few_of<2> : rows == 3 ? few_of<3> : few_of<4>;
 #pragma omp parallel for schedule(static) if (s.worth_threads())
-    for (int64_t n = 0; n < (rows ? outputs : 0); n += kBlock)
+    for (int64_t n = 0; n < outputs; n += kBlock)
       few(x, x_row, weight + n * width, bias ? bias + n : nullptr, least(outputs - n, kBlock), s, y + n);
     return true;
   }
