@@ -59,7 +59,7 @@ def tiles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiles")
     (folder / "call.cpp").write_text(CALLS)
     real = native.cpu_unavailable() is None and native.cpu().has_matrix_tiles
-    flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    flags = ["-std=c++17", "-O2" if real else "-O0", "-w", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-march=x86-64-v4"] if real else ["-DR1_EMULATED_TILES", "-mavx2", "-mfma", "-Wno-psabi"]
     flags += ["-DR1_ISA=generic", f"-I{ROOT / 'csrc'}"]
     sources = [folder / "call.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in SOURCES)]
@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_not_lost(tiles):
 
 
 @pytest.mark.parametrize("precision", ERRORS)
-@pytest.mark.parametrize(("rows", "width", "words"), [(3, 20, 40), (70, 96, 130), (200, 40, 515), (33, 544, 700)])
+@pytest.mark.parametrize(("rows", "width", "words"), [(3, 20, 40), (70, 96, 130), (200, 40, 515), (33, 544, 130)])
 def test_the_head_on_tiles_is_the_head(tiles, precision, rows, width, words):
     """Log-probabilities, entropies and both gradients against float64; rows of slope zero have none."""
     hidden, weight = torch.randn(rows, width), torch.randn(words, width) * width**-0.5
