@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor, slug
 from benchmarks.sampling import SIZES, config
 from r1fast.model.decoder import Decoder
 from r1fast.rollout.sampler import Sampler, SamplingParams
@@ -86,7 +86,7 @@ def main() -> None:
     revision = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(revision, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     about = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
-    path = RESULTS / f"{about['machine'].lower().replace(' ', '-')}-exact.json"
+    path = RESULTS / f"{slug(about['machine'])}-exact.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else []
     kept = [case for case in kept if case["model"] in MODELS.keys() - set(options.models)]
     cases = kept + [case for name in options.models for case in measure(name, options.turns)]

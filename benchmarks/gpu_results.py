@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.kernels_vs_peers import slug
 from r1fast.metrics import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,7 @@ def machine(commit: str = "") -> dict:
 
 
 def target(where: dict, folder: Path = RESULTS) -> Path:
-    device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
+    device = slug(where["device"])
     return folder / f"{device}-{where['commit'][:10] or 'no-commit'}.json"
 
 

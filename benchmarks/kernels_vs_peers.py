@@ -189,6 +189,11 @@ def processor() -> str:
         return platform.machine()
 
 
+def slug(name: str) -> str:
+    """A processor's or a card's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def table(results: dict) -> str:
     lines = ["| words | loss and gradients by | s | times r1fast (lowest–highest) | extra peak MiB |"]
     lines.append("|---|---|---:|---:|---:|")
@@ -237,8 +242,7 @@ def main() -> int:
     runs, versions = available()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    name = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
-    path = RESULTS / f"{name}-{commit[:10] or 'no-commit'}-kernels_vs_peers.json"
+    path = RESULTS / f"{slug(machine['processor'])}-{commit[:10] or 'no-commit'}-kernels_vs_peers.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = {"machine": {**machine, "commit": commit, "peers": versions}, "rows_of_each": ROWS, "width": WIDTH}
     results |= {"turns": options.turns, "rows": []}

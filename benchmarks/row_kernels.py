@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor, slug
 from r1fast.heap import keep_freed_memory
 from r1fast_kernels import group_advantage, grpo_loss, rms_norm, rope, swiglu
 
@@ -122,7 +122,7 @@ def main() -> None:
     commit = subprocess.run(revision, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     results = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
     results |= {"MiB": 4 * ROWS * WIDTH >> 20, "turns": options.turns, "rows": measure(options.turns, jobs())}
-    path = RESULTS / f"{processor().lower().replace(' ', '-')}-row_kernels.json"
+    path = RESULTS / f"{slug(processor())}-row_kernels.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{table(results)}\n\nwritten to {path.relative_to(ROOT)}")
 

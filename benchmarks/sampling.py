@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor, slug
 from benchmarks.sampling_contenders import NAMES, Case
 from r1fast.model.decoder import Decoder
 from r1fast.model.decoder_config import DecoderConfig
@@ -257,8 +256,7 @@ def results_file(again: bool) -> tuple[Path, dict]:
     """Where this commit's results on this machine go, and what is there already."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    name = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
-    path = RESULTS / f"{name}-{commit[:10] or 'no-commit'}-sampling.json"
+    path = RESULTS / f"{slug(machine['processor'])}-{commit[:10] or 'no-commit'}-sampling.json"
     if path.exists() and not again:
         return path, json.loads(path.read_text(encoding="utf-8"))
     machine |= {"transformers": version("transformers"), "commit": commit}

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.kernels_vs_peers import RESULTS, processor
+from benchmarks.kernels_vs_peers import RESULTS, processor, slug
 from r1fast.rewards.pool import RewardPool
 
 ROOT = Path(__file__).parent.parent
@@ -90,8 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one-in", type=int, nargs="+", default=[13, 7], help="of so many programs one is hostile")
     args = parser.parse_args()
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    file = RESULTS / f"{name}-sandbox.json"
+    file = RESULTS / f"{slug(processor())}-sandbox.json"
     with Timed() as pool:
         seconds(pool, 50, "warm")
         found = {f"one_in_{one_in}": measured(pool, one_in) for one_in in args.one_in}

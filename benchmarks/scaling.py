@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor, slug
 from benchmarks.scaling_model import (
     Counted,
     Layout,
@@ -184,7 +184,7 @@ def main() -> None:
     about = {"machine": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "commit": commit}
     kinds = {1: ("whole",), 2: ("whole", "sharded")}
     cases = [measure(n, kind) for n in options.ranks for kind in kinds.get(n, ("whole", "sharded", "2 a node"))]
-    path = RESULTS / f"{about['machine'].lower().replace(' ', '-')}-scaling.json"
+    path = RESULTS / f"{slug(about['machine'])}-scaling.json"
     path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n", encoding="utf-8")
     print(measured_table({**about, "cases": cases}))
 

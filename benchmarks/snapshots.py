@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor, slug
 from r1fast.schema import CheckpointConfig
 from r1fast.stages.saving import Saver
 
@@ -75,7 +75,7 @@ def main() -> None:
     about = {"machine": processor(), "torch": torch.__version__, "commit": commit}
     with tempfile.TemporaryDirectory() as folder:
         cases = [measure(mib, Path(folder)) for mib in SIZES]
-    path = RESULTS / f"{about['machine'].lower().replace(' ', '-')}-snapshots.json"
+    path = RESULTS / f"{slug(about['machine'])}-snapshots.json"
     path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n", encoding="utf-8")
     print(table({**about, "cases": cases}))
 

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor, slug
 from benchmarks.vs_trl import cases, peak_rate
 from benchmarks.whole_step import Shape, make_checkpoint, r1fast_steps
 from r1fast.metrics import PhaseTimer
@@ -199,7 +199,7 @@ def main() -> int:
     for name in options.case:
         rates = {"peak_flops": peak_rate(), "copy_bytes": copy_rate()}
         results["cases"][name] = rates | {"phases": measure(known[name], options.steps)}
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-')}-step_profile.json"
+    path = RESULTS / f"{slug(processor())}-step_profile.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{table(results)}\n\nwritten to {path.relative_to(ROOT)}")
     return 0

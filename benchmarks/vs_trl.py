@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor
+from benchmarks.kernels_vs_peers import RESULTS, ROOT, processor, slug
 from benchmarks.whole_step import CONTENDERS, Shape, ask, make_checkpoint
 
 SIZES = {
@@ -140,8 +139,7 @@ class Results:
     def __init__(self) -> None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         self.commit = commit.stdout.strip() or "no commit"
-        name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-        self.path = RESULTS / f"{name}-vs_trl.json"
+        self.path = RESULTS / f"{slug(processor())}-vs_trl.json"
         self.data = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         self.data["machine"] = machine | {name: installed(name) for name in ("trl", "transformers")}
