@@ -69,7 +69,7 @@ int64_t chunk_rows(int64_t rows, int64_t most) {
 }
 
 // Words that a tile has, or two matrix tiles.
-int64_t words_together() { return tile_pieces ? kWordBlock : kTileRows; }
+int64_t words_together() { return head_on_tiles() ? kWordBlock : kTileRows; }
 
 // Of up to kWords words; a small vocabulary has smaller ones, that threads have something to share out.
 int64_t count_blocks(int64_t vocabulary) {
@@ -96,16 +96,16 @@ bool reserve(const HeadCall& c, Scratch& memory, Work& w) {
   w.panels = ceil_div(c.width, kTileColumns);
   const int64_t width = w.panels * kTileColumns;
   const int64_t making = kWords * (kWordRow + (w.rest_chunk ? w.rest_chunk + 16 : 0));
-  const int64_t tiles = tile_pieces ? pulled_floats(w.live_chunk, most_threads()) : 0;
-  const int64_t pulling = tile_pieces ? tiles : (round_up(least(w.live_chunk, kRowBlock), kTileRows) + kTogether * kTileColumns) * kDeep;
+  const int64_t tiles = head_on_tiles() ? pulled_floats(w.live_chunk, most_threads()) : 0;
+  const int64_t pulling = head_on_tiles() ? tiles : (round_up(least(w.live_chunk, kRowBlock), kTileRows) + kTogether * kTileColumns) * kDeep;
   w.own_size = round_up(w.live_chunk && c.d_hidden && pulling > making ? pulling : making, 16);
   const int64_t sizes[] = {w.live ? round_up(c.vocabulary, words_together()) * w.stride : 0,
-                           tile_pieces ? across_floats(w.chunk, c.width) : w.chunk * c.width,
-                           tile_pieces ? along_floats(w.live_chunk, c.width) : w.live_chunk * width,
+                           head_on_tiles() ? across_floats(w.chunk, c.width) : w.chunk * c.width,
+                           head_on_tiles() ? along_floats(w.live_chunk, c.width) : w.live_chunk * width,
                            c.d_hidden ? w.live_chunk * width : 0,
                            w.blocks * kMoments * w.chunk,
                            most_threads() * w.own_size,
-                           tile_pieces && c.d_hidden && w.live ? weight_floats(c.width) : 0};
+                           head_on_tiles() && c.d_hidden && w.live ? weight_floats(c.width) : 0};
   int64_t total = 10 * w.chunk + 2 * c.rows;
   for (const int64_t size : sizes) total += round_up(size, 16);
   if (!memory.reserve(total)) return false;
@@ -146,7 +146,7 @@ void pack_across(const HeadCall& c, const int64_t* order, int64_t count, float* 
 // Both forms of a chunk's hidden states.
 void pack_hidden(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows, bool gradient) {
 #ifdef R1_TILES
-  if (tile_pieces) {
+  if (head_on_tiles()) {
     by_pieces([&](auto p) {
       pack_hidden_tiles<p.kCount>(c.hidden, order, rows, c.width, c.scale, w.across, gradient ? w.along : nullptr);
     });
@@ -208,7 +208,7 @@ void pack_words(const float* from, int64_t row, int64_t count, int64_t depth, fl
 void make_block(const HeadCall& c, const Work& w, int64_t v, int64_t count, int64_t next_count, int64_t columns,
                 float* left, float* logits, int64_t stride) {
 #ifdef R1_TILES
-  if (tile_pieces) {
+  if (head_on_tiles()) {
     by_pieces([&](auto p) {
       for (int64_t u = 0; u < count; u += kWordBlock)
         logits_of<p.kCount>(c.weight + (v + u) * c.width, least(count - u, kWordBlock), c.width, w.across, columns,
@@ -338,7 +338,7 @@ void differentiate_block(const HeadCall& c, const Work& w, const int64_t* order,
 // A chunk's part of a block's d_weight, of `words` words from v on.
 void add_d_weight(const HeadCall& c, const Work& w, int64_t rows, int64_t v, int64_t words, bool add) {
 #ifdef R1_TILES
-  if (tile_pieces) {
+  if (head_on_tiles()) {
     by_pieces([&](auto p) {
       for (int64_t u = 0; u < words; u += kWordBlock)
         d_weight_of<p.kCount>(w.logits + (v + u) * w.stride, w.stride, least(words - u, kWordBlock), rows, w.along, c.width,
@@ -429,7 +429,7 @@ void pull_block(const HeadCall& c, const Work& w, int64_t first, int64_t last, i
 void pull_back(const HeadCall& c, const Work& w, const int64_t* order, int64_t rows) {
   const int64_t threads = team_size(), width = w.panels * kTileColumns;
 #ifdef R1_TILES
-  if (tile_pieces) {
+  if (head_on_tiles()) {
     by_pieces([&](auto p) {
       d_hidden_of<p.kCount>(w.logits, w.stride, c.weight, c.vocabulary, rows, c.width, w.weight,
                             w.own + this_thread() * w.own_size, threads, w.d_hidden, width);
@@ -493,7 +493,7 @@ bool linear_head(const HeadCall& c) {
 #pragma omp parallel if (c.rows * c.vocabulary * c.width > 1 << 19)
   {
 #ifdef R1_TILES
-    const TileRegisters registers(tile_pieces > 0);
+    const TileRegisters registers(head_on_tiles());
 #endif
     run(c, w, sums);
   }

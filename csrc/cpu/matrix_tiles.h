@@ -277,17 +277,6 @@ inline void tiles_into(int64_t high, int64_t wide, const float* left, int64_t ne
   for (int64_t i = 0; i < high; ++i) std::memcpy(out + i * row, whole + i * kRow, wide * sizeof(float));
 }
 
-template <int PIECES>
-struct Pieces {
-  static constexpr int kCount = PIECES;
-};
-
-// Calls `run` with Pieces<tile_pieces>.
-template <typename Run>
-R1_INLINE auto by_pieces(const Run& run) {
-  return tile_pieces == 1 ? run(Pieces<1>{}) : tile_pieces == 2 ? run(Pieces<2>{}) : run(Pieces<3>{});
-}
-
 #endif
 
 }  // namespace R1_ISA
