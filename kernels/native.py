@@ -28,7 +28,16 @@ def _load(name: str):
 
 
 _PIECES = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 numbers that stand for a float32: csrc/cpu/matrix_tiles.h
-_precision = "highest"
+_pieces = 3
+
+
+def _wanted_pieces() -> int:
+    """As torch.set_float32_matmul_precision says; all where it is set for each backend apart, which torch answers with
+    an error when it is asked for the one setting."""
+    try:
+        return _PIECES[torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        return _PIECES["highest"]
 
 
 def cpu():
@@ -36,11 +45,11 @@ def cpu():
 
     Where the processor has matrix tiles, products follow torch.set_float32_matmul_precision: "highest" is as exact as
     float32 sums are, "high" has errors of about 5e-6, "medium" of 2e-3 of a product's size."""
-    global _precision
+    global _pieces
     module = _module("_cpu")
-    if module.has_matrix_tiles and (wanted := torch.get_float32_matmul_precision()) != _precision:
-        module.matrix_tiles(_PIECES[wanted])
-        _precision = wanted
+    if module.has_matrix_tiles and (wanted := _wanted_pieces()) != _pieces:
+        module.matrix_tiles(wanted)
+        _pieces = wanted
     return module
 
 

@@ -8,6 +8,7 @@ import ctypes
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,3 +174,20 @@ def test_the_layer_follows_torchs_precision():
             assert least < relative(linear(x, weight, backend="cpu"), wanted) < most
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_precision_that_is_set_for_each_backend_apart_is_no_error(clean_environment):
+    """torch then refuses to say the one setting; products stay as exact as they can be."""
+    code = (
+        "import torch\n"
+        "from r1fast_kernels import native\n"
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'\n"
+        "torch.backends.fp32_precision = 'ieee'\n"
+        "try:\n    torch.get_float32_matmul_precision()\n"
+        "except RuntimeError:\n    print('refused', native._wanted_pieces())\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code], env=clean_environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    if not child.stdout:
+        pytest.skip("this torch says one setting for all backends")
+    assert child.stdout.split() == ["refused", "3"]

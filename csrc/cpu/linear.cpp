@@ -22,7 +22,6 @@ namespace {
 
 constexpr int64_t kDeep = 256;    // terms of a chain: its panel fills half of L1
 constexpr int64_t kFew = 4;       // rows for which the weight is transposed in registers: a tile would be mostly empty
-constexpr int64_t kMany = 128;    // rows above which it is a product of two large matrices
 constexpr int kNarrowRows = 12;   // of a tile one vector wide, for panels that have no more rows of x
 constexpr int64_t kAhead = 64;    // numbers of a row of the weight that are fetched before they are needed
 constexpr int64_t kSerial = 1 << 18;  // multiply-adds under which threads cost more than they give

@@ -89,11 +89,7 @@ void logits_of(const float* weight, int64_t count, int64_t width, const float* a
   const int64_t panels = ceil_div(rows, kTileSide), next = all_steps * PIECES * kTileFloats;
   for (int64_t step = 0; step < all_steps; step += kHeadSteps) {
     const int64_t steps = least(all_steps - step, kHeadSteps);
-    for (int64_t i = 0; i < lefts * steps; ++i) {
-      const int64_t v = i / steps * kTileSide, k = (step + i % steps) * kTileTerms;
-      split_along<PIECES>(weight + v * width + k, width, least(count - v, kTileSide), width - k,
-                          left + i * PIECES * kTileFloats);
-    }
+    split_rows<PIECES>(weight + step * kTileTerms, width, count, width - step * kTileTerms, steps, left);
     for (int64_t panel = 0; panel < panels; panel += 2)
       tiles_of<PIECES, true>(lefts, panels - panel > 1 ? 2 : 1, left, steps * PIECES * kTileFloats,
                              across + panel * next + step * PIECES * kTileFloats, next, steps, logits + panel * kTileSide,
@@ -106,15 +102,11 @@ template <int PIECES>
 void d_weight_of(const float* d_logits, int64_t stride, int64_t count, int64_t rows, const float* along, int64_t width,
                  float* d_weight, bool add) {
   alignas(64) float left[2 * kHeadSteps * PIECES * kTileFloats];
-  const int64_t lefts = count > kTileSide ? 2 : 1, all_steps = ceil_div(rows, kTileTerms);
+  const int64_t all_steps = ceil_div(rows, kTileTerms);
   const int64_t next = all_steps * PIECES * kTileFloats;
   for (int64_t step = 0; step < all_steps; step += kHeadSteps) {
     const int64_t steps = least(all_steps - step, kHeadSteps);
-    for (int64_t i = 0; i < lefts * steps; ++i) {
-      const int64_t v = i / steps * kTileSide, k = (step + i % steps) * kTileTerms;
-      split_along<PIECES>(d_logits + v * stride + k, stride, least(count - v, kTileSide), rows - k,
-                          left + i * PIECES * kTileFloats);
-    }
+    split_rows<PIECES>(d_logits + step * kTileTerms, stride, count, rows - step * kTileTerms, steps, left);
     for (int64_t n = 0; n < width; n += 2 * kTileSide)
       tiles_into<PIECES, false>(count, least(width - n, 2 * kTileSide), left, steps * PIECES * kTileFloats,
                                 along + n / kTileSide * next + step * PIECES * kTileFloats, next, steps, d_weight + n,

@@ -14,7 +14,6 @@ namespace R1_ISA {
 namespace {
 
 constexpr int64_t kSteps = 8;         // of 32 terms that are taken to pieces at a time: two tiles of outputs in L1
-constexpr int64_t kMostRows = 128;
 constexpr int64_t kSerial = 1 << 18;  // multiply-adds under which threads cost more than they give
 
 struct Sizes {
@@ -29,7 +28,7 @@ void store_columns(const float* sums, const float* bias, const Sizes& s, int64_t
     for (int64_t row = 0; row < s.rows; row += kTileSide) {
       Vec square[kTileSide];
 #pragma GCC unroll 16
-      for (int i = 0; i < kTileSide; ++i) square[i] = load(sums + (first + i) * kMostRows + row);
+      for (int i = 0; i < kTileSide; ++i) square[i] = load(sums + (first + i) * kMany + row);
       transpose_square(square);
       for (int64_t i = 0; i < kTileSide && row + i < s.rows; ++i)
         store(y + (row + i) * s.outputs + first, square[i] + shift, wide);
@@ -43,15 +42,11 @@ template <int PIECES>
 void outputs_of(const float* panels, const float* weight, const float* bias, int64_t count, int64_t more, const Sizes& s,
                 float* y) {
   alignas(64) float left[2 * kSteps * PIECES * kTileFloats];
-  alignas(64) float sums[2 * kTileSide * kMostRows];
+  alignas(64) float sums[2 * kTileSide * kMany];
   const int64_t lefts = count > kTileSide ? 2 : 1, next = s.steps * PIECES * kTileFloats;
   for (int64_t step = 0; step < s.steps; step += kSteps) {
     const int64_t steps = least(s.steps - step, kSteps);
-    for (int64_t i = 0; i < lefts * steps; ++i) {
-      const int64_t n = i / steps * kTileSide, k = (step + i % steps) * kTileTerms;
-      split_along<PIECES>(weight + n * s.width + k, s.width, least(count - n, kTileSide), s.width - k,
-                          left + i * PIECES * kTileFloats);
-    }
+    split_rows<PIECES>(weight + step * kTileTerms, s.width, count, s.width - step * kTileTerms, steps, left);
     const int64_t deeper = (step + steps) * kTileTerms, left_over = s.width - deeper;
     Ahead soon = left_over > 0 ? Ahead{weight + deeper, s.width, count, least(left_over, kSteps * kTileTerms)}
                                : Ahead{weight + count * s.width, s.width, least(more, 2 * kTileSide),
@@ -60,7 +55,7 @@ void outputs_of(const float* panels, const float* weight, const float* bias, int
     for (int64_t panel = 0; panel < s.panels; panel += 2)
       tiles_of<PIECES, true>(lefts, s.panels - panel > 1 ? 2 : 1, left, steps * PIECES * kTileFloats,
                              panels + panel * next + step * PIECES * kTileFloats, next, steps, sums + panel * kTileSide,
-                             kMostRows, step > 0, &soon, share);
+                             kMany, step > 0, &soon, share);
   }
   store_columns(sums, bias, s, count, y);
 }

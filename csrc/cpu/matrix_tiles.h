@@ -156,6 +156,15 @@ inline void split_along(const float* from, int64_t row, int64_t rows, int64_t te
   }
 }
 
+// One or two tiles of rows, of `count` <= 32 rows and `steps` times 32 terms, of which `terms` are there: [tile][step].
+template <int PIECES>
+inline void split_rows(const float* from, int64_t row, int64_t count, int64_t terms, int64_t steps, float* to) {
+  for (int64_t first = 0; first < count; first += kTileSide)
+    for (int64_t step = 0; step < steps; ++step, to += PIECES * kTileFloats)
+      split_along<PIECES>(from + first * row + step * kTileTerms, row, least(count - first, kTileSide),
+                          terms - step * kTileTerms, to);
+}
+
 // A tile of a factor whose terms lie across memory: `terms` lines, `row` apart, of `columns` numbers; zeros beyond.
 template <int PIECES>
 inline void split_across(const float* from, int64_t row, int64_t terms, int64_t columns, float* to, int64_t ahead = 0) {

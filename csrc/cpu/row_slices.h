@@ -36,7 +36,8 @@ inline bool apart(const DecoderCall& c, int64_t steps, const Slices& slices, int
 }
 
 // Slices of about the same work for `steps` steps from here on, one for each thread; a single one where the rows depend
-// on each other, or are too few: then all threads share each product (fewer slices would leave cores idle).
+// on each other, or are too few: then all threads share each product (fewer slices would leave cores idle). On matrix
+// tiles, too: each slice would take all weights to pieces anew.
 inline Slices slices_of(const DecoderCall& c, int64_t steps) {
   Slices found;
   found.first[1] = c.rows;
